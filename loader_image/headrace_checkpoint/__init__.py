@@ -1,0 +1,1 @@
+"""Pre-sharded checkpoints: layout, manifest, sharder."""

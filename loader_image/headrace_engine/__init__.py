@@ -1,0 +1,1 @@
+"""Engine side: maps resident weights into the serving process."""

@@ -1,0 +1,1 @@
+"""Handover protocol between loader and engine: messages and file descriptors over a unix socket."""

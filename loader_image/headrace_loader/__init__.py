@@ -1,0 +1,1 @@
+"""Loads one replica's shards and keeps them resident for the engine."""
