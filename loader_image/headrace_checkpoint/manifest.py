@@ -1,0 +1,361 @@
+"""The manifest of a checkpoint: typed reading and writing of manifest.json.
+
+Standard library only, so that the loader and the engine side can import it without
+numpy. docs/checkpoint-format.md specifies the format for other writers and readers.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace_checkpoint.dtypes import ITEM_BYTES, tensor_bytes
+from headrace_checkpoint.errors import ManifestInvalid, StorageError
+
+FORMAT = "headrace-checkpoint"
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+DATA_ALIGNMENT = 4096
+"""Bytes. The data section of every part starts on a multiple of it (direct I/O)."""
+TENSOR_ALIGNMENT = 256
+"""Bytes. Tensors whose size is a multiple of it start on a multiple of it."""
+CHUNK_BYTES = 4 * 1024 * 1024
+"""Bytes of data section that one digest covers, as written; readers take the manifest's."""
+
+_MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor; `offset` counts bytes from the start of the part's data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def to_object(self) -> dict[str, object]:
+        """Return the JSON object of this tensor."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "offset": self.offset,
+            "bytes": self.nbytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One safetensors file of one rank.
+
+    `file_bytes == data_offset + data_bytes`; `chunk_digests` are hex SHA-256 over
+    consecutive pieces of `Manifest.chunk_bytes` of the data section, the last one short.
+    """
+
+    rank: int
+    part: int
+    file: str
+    file_bytes: int
+    data_offset: int
+    data_bytes: int
+    chunk_digests: tuple[str, ...]
+    tensors: tuple[TensorEntry, ...]
+
+    def to_object(self) -> dict[str, object]:
+        """Return the JSON object of this part."""
+        return {
+            "rank": self.rank,
+            "part": self.part,
+            "file": self.file,
+            "bytes": self.file_bytes,
+            "dataOffset": self.data_offset,
+            "dataBytes": self.data_bytes,
+            "chunkDigests": list(self.chunk_digests),
+            "tensors": [tensor.to_object() for tensor in self.tensors],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedFile:
+    """A file copied unchanged from the source, such as config.json; hex SHA-256 digest."""
+
+    file: str
+    nbytes: int
+    digest: str
+
+    def to_object(self) -> dict[str, object]:
+        """Return the JSON object of this file."""
+        return {"file": self.file, "bytes": self.nbytes, "digest": self.digest}
+
+
+@dataclass(frozen=True, slots=True)
+class Parallelism:
+    """Sizes of the parallel dimensions the checkpoint is cut for."""
+
+    tensor: int
+    pipeline: int = 1
+    expert: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that have files of their own."""
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a reader needs to know about a checkpoint before it reads weights."""
+
+    layout: str
+    identity: Mapping[str, object]
+    architecture: str
+    parallelism: Parallelism
+    chunk_bytes: int
+    parts: tuple[Part, ...]
+    files: tuple[CopiedFile, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of weights over all ranks: the sum of the parts' data sections."""
+        return sum(part.data_bytes for part in self.parts)
+
+    def rank_parts(self, rank: int) -> tuple[Part, ...]:
+        """Return the parts of one rank in order; empty for a rank that is not in the manifest."""
+        return tuple(part for part in self.parts if part.rank == rank)
+
+    def to_json(self) -> bytes:
+        """Serialise; the inverse of `from_json`, deterministic for equal manifests."""
+        document = {
+            "format": FORMAT,
+            "formatVersion": FORMAT_VERSION,
+            "layout": self.layout,
+            "identity": dict(self.identity),
+            "architecture": self.architecture,
+            "parallelism": {
+                "tensor": self.parallelism.tensor,
+                "pipeline": self.parallelism.pipeline,
+                "expert": self.parallelism.expert,
+            },
+            "digestAlgorithm": "sha256",
+            "chunkBytes": self.chunk_bytes,
+            "totalBytes": self.total_bytes,
+            "parts": [part.to_object() for part in self.parts],
+            "files": [file.to_object() for file in self.files],
+        }
+        return json.dumps(document, separators=(",", ":"), sort_keys=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "Manifest":
+        """Parse and check every rule of the format; raises ManifestInvalid naming the field."""
+        root = _Node.parse(content)
+        root.field("format").equals(FORMAT)
+        root.field("formatVersion").equals(FORMAT_VERSION)
+        root.field("digestAlgorithm").equals("sha256")
+        parallelism = _parallelism(root.field("parallelism"))
+        chunk_bytes = root.field("chunkBytes").integer(minimum=DATA_ALIGNMENT)
+        manifest = cls(
+            layout=root.field("layout").text(),
+            identity=root.field("identity").mapping(),
+            architecture=root.field("architecture").text(),
+            parallelism=parallelism,
+            chunk_bytes=chunk_bytes,
+            parts=tuple(_part(node, chunk_bytes) for node in root.field("parts").items()),
+            files=tuple(_file(node) for node in root.field("files").items()),
+        )
+        root.field("totalBytes").equals(manifest.total_bytes)
+        _check_ranks(manifest, root.field("parts"))
+        _check_file_names(manifest, root)
+        return manifest
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """Read `manifest.json` of a checkpoint directory.
+
+    Raises FileNotFoundError when there is none, ManifestInvalid when it is wrong,
+    StorageError when it cannot be read.
+    """
+    path = Path(directory) / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file; the directory is no checkpoint") from None
+    except OSError as error:
+        raise StorageError(f"{path}: reading failed: {error.strerror}") from error
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise ManifestInvalid(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes")
+    try:
+        return Manifest.from_json(content)
+    except ManifestInvalid as error:
+        raise ManifestInvalid(f"{path}: {error}") from None
+
+
+class _Node:
+    """A JSON value together with its path, for messages that name the field."""
+
+    __slots__ = ("path", "value")
+
+    def __init__(self, value: object, path: str) -> None:
+        self.value = value
+        self.path = path
+
+    @classmethod
+    def parse(cls, content: bytes) -> "_Node":
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ManifestInvalid(f"not a JSON document: {error}") from None
+        return cls(value, "")
+
+    def fail(self, rule: str) -> ManifestInvalid:
+        shown = repr(self.value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return ManifestInvalid(f"{self.path or 'document'}: {shown}: {rule}")
+
+    def field(self, name: str) -> "_Node":
+        path = f"{self.path}.{name}" if self.path else name
+        value = self.mapping()
+        if name not in value:
+            raise ManifestInvalid(f"{path}: missing")
+        return _Node(value[name], path)
+
+    def items(self) -> list["_Node"]:
+        if not isinstance(self.value, list):
+            raise self.fail("must be a list")
+        return [_Node(item, f"{self.path}[{index}]") for index, item in enumerate(self.value)]
+
+    def mapping(self) -> dict[str, object]:
+        if not isinstance(self.value, dict):
+            raise self.fail("must be an object")
+        return self.value
+
+    def text(self) -> str:
+        if not isinstance(self.value, str) or not self.value:
+            raise self.fail("must be a non-empty string")
+        return self.value
+
+    def integer(self, minimum: int = 0) -> int:
+        if type(self.value) is not int or self.value < minimum:
+            raise self.fail(f"must be a whole number of at least {minimum}")
+        return self.value
+
+    def digest(self) -> str:
+        text = self.text()
+        if not _SHA256.fullmatch(text):
+            raise self.fail("must be 64 lower-case hexadecimal digits")
+        return text
+
+    def file_name(self) -> str:
+        text = self.text()
+        if not _PLAIN_FILE.fullmatch(text):
+            raise self.fail("must be a plain file name inside the checkpoint directory")
+        return text
+
+    def equals(self, expected: str | int) -> None:
+        if type(self.value) is not type(expected) or self.value != expected:
+            raise self.fail(f"must be {expected!r}")
+
+
+def _parallelism(node: _Node) -> Parallelism:
+    return Parallelism(
+        tensor=node.field("tensor").integer(minimum=1),
+        pipeline=node.field("pipeline").integer(minimum=1),
+        expert=node.field("expert").integer(minimum=1),
+    )
+
+
+def _part(node: _Node, chunk_bytes: int) -> Part:
+    part = Part(
+        rank=node.field("rank").integer(),
+        part=node.field("part").integer(),
+        file=node.field("file").file_name(),
+        file_bytes=node.field("bytes").integer(),
+        data_offset=node.field("dataOffset").integer(minimum=DATA_ALIGNMENT),
+        data_bytes=node.field("dataBytes").integer(minimum=1),
+        chunk_digests=tuple(item.digest() for item in node.field("chunkDigests").items()),
+        tensors=tuple(_tensor(item) for item in node.field("tensors").items()),
+    )
+    if part.data_offset % DATA_ALIGNMENT:
+        raise node.field("dataOffset").fail(f"must be a multiple of {DATA_ALIGNMENT}")
+    node.field("bytes").equals(part.data_offset + part.data_bytes)
+    chunks = -(-part.data_bytes // chunk_bytes)
+    if len(part.chunk_digests) != chunks:
+        raise ManifestInvalid(
+            f"{node.path}.chunkDigests: {len(part.chunk_digests)} digests: "
+            f"{part.data_bytes} bytes in chunks of {chunk_bytes} need {chunks}"
+        )
+    _check_back_to_back(part, node)
+    return part
+
+
+def _check_back_to_back(part: Part, node: _Node) -> None:
+    end = 0
+    for tensor, item in zip(part.tensors, node.field("tensors").items(), strict=True):
+        item.field("offset").equals(end)
+        end += tensor.nbytes
+    node.field("dataBytes").equals(end)
+
+
+def _tensor(node: _Node) -> TensorEntry:
+    tensor = TensorEntry(
+        name=node.field("name").text(),
+        dtype=node.field("dtype").text(),
+        shape=tuple(item.integer() for item in node.field("shape").items()),
+        offset=node.field("offset").integer(),
+        nbytes=node.field("bytes").integer(),
+    )
+    if tensor.dtype not in ITEM_BYTES:
+        raise node.field("dtype").fail(f"must be one of {', '.join(ITEM_BYTES)}")
+    node.field("bytes").equals(tensor_bytes(tensor.dtype, tensor.shape))
+    return tensor
+
+
+def _file(node: _Node) -> CopiedFile:
+    return CopiedFile(
+        file=node.field("file").file_name(),
+        nbytes=node.field("bytes").integer(),
+        digest=node.field("digest").digest(),
+    )
+
+
+def _check_ranks(manifest: Manifest, node: _Node) -> None:
+    """Each rank has parts 0..n in order, ranks ascend without a hole, names are unique per rank."""
+    if manifest.parallelism.ranks > len(manifest.parts):
+        raise ManifestInvalid(
+            f"{node.path}: {len(manifest.parts)} parts: "
+            f"{manifest.parallelism.ranks} ranks need at least one each"
+        )
+    expected: list[tuple[int, int]] = []
+    for rank in range(manifest.parallelism.ranks):
+        count = max(1, len(manifest.rank_parts(rank)))
+        expected += [(rank, part) for part in range(count)]
+    found = [(part.rank, part.part) for part in manifest.parts]
+    if found != expected:
+        raise ManifestInvalid(
+            f"{node.path}: (rank, part) pairs are {_shorten(found)}: "
+            f"must be {_shorten(expected)}, every rank with its parts in order"
+        )
+    for rank in range(manifest.parallelism.ranks):
+        names = [tensor.name for part in manifest.rank_parts(rank) for tensor in part.tensors]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ManifestInvalid(f"{node.path}: rank {rank} holds tensor {twice!r} twice")
+
+
+def _check_file_names(manifest: Manifest, root: _Node) -> None:
+    names = [part.file for part in manifest.parts] + [file.file for file in manifest.files]
+    names.append(FILE_NAME)
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ManifestInvalid(f"{root.path or 'document'}: file {twice!r} is named twice")
+
+
+def _shorten(pairs: list[tuple[int, int]]) -> str:
+    shown = ", ".join(f"{rank}/{part}" for rank, part in pairs[:8])
+    return shown + (", ..." if len(pairs) > 8 else "")
