@@ -1,0 +1,230 @@
+"""Parts of the ModelDeployment spec that describe pods: engine, sharding and pod overrides."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from headrace_operator.api.rules import (
+    Passthrough,
+    Quantity,
+    every,
+    label_syntax,
+    matches,
+    object_name,
+    owned_keys,
+    rule,
+    rules,
+)
+
+LOADER_PORT = 9400
+OWNED_KEYS = r"^(headrace[.]dev/|app[.]kubernetes[.]io/(name|instance|component|managed-by)$)"
+
+# vLLM's parser takes "_" for "-" and a value after "=" or as the next argument.
+_OWNED_ARGS = {
+    "--model": "set spec.model.source",
+    "--load-format": "the weights come from the loader",
+    "--dtype": "set spec.model.dtype",
+    "(--tensor-parallel-size|-tp)": "set spec.parallelism.tensorParallelSize",
+    "(--pipeline-parallel-size|-pp)": "set spec.parallelism.pipelineParallelSize",
+    "(--data-parallel-size|-dp)": "set spec.replicas",
+    "--host": "the engine listens on all addresses of its pod",
+    "--port": "set spec.engine.port",
+}
+
+
+StringMap = Annotated[dict[str, Annotated[str, Field(max_length=8192)]], Field(max_length=64)]
+PassthroughList = Annotated[list[Passthrough], Field(max_length=64)]
+Argument = Annotated[str, Field(max_length=4096)]
+
+
+class Part(BaseModel):
+    """Base of all parts of the spec: camelCase outside, immutable, unknown fields dropped.
+
+    The API server has pruned unknown fields already; dropping them here as well lets an
+    older operator read objects that a newer one has written.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        frozen=True,
+        extra="ignore",
+    )
+
+
+def _pattern_of(flag: str) -> str:
+    flags = flag.strip("()").split("|")
+    names = "|".join(name[:2] + name[2:].replace("-", "[-_]") for name in flags)
+    return f"^({names})(=|$)"
+
+
+def _owned_arg(flag: str, fix: str) -> dict[str, str]:
+    return every(
+        f"!e.matches('{_pattern_of(flag)}')",
+        "spec.engine.args",
+        f"the operator sets this argument; remove it ({fix})",
+    )
+
+
+class Resources(Part):
+    """Compute resources of one container, as in the core API."""
+
+    limits: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(default_factory=dict)
+    """Most that the container may use, by resource name."""
+    requests: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(default_factory=dict)
+    """What the container is guaranteed, by resource name."""
+
+
+def _without_gpus(field: str) -> dict[str, Any]:
+    return rules(
+        rule(
+            "!(has(self.limits) && 'nvidia.com/gpu' in self.limits) && "
+            "!(has(self.requests) && 'nvidia.com/gpu' in self.requests)",
+            field,
+            "the operator requests GPUs itself; remove it and set spec.gpu.sharing and "
+            "spec.parallelism.tensorParallelSize",
+            value="'nvidia.com/gpu'",
+        )
+    )
+
+
+class EnvVar(Part):
+    """One environment variable of the engine, as in the core API."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!(has(self.value) && has(self.valueFrom))",
+                "spec.engine.env",
+                "must have value or valueFrom, not both; remove one",
+                value="self.name",
+            )
+        )
+    )
+
+    name: Annotated[str, Field(min_length=1, max_length=256)] = Field(
+        json_schema_extra=rules(
+            rule(
+                "self != 'PYTHONPATH' && !self.startsWith('HEADRACE_')",
+                "spec.engine.env",
+                "the operator sets this variable; choose another name",
+            )
+        )
+    )
+    """Name of the variable."""
+    value: Annotated[str, Field(max_length=32768)] | None = None
+    """Value of the variable."""
+    value_from: Passthrough | None = None
+    """Source of the value: configMapKeyRef, secretKeyRef, fieldRef or resourceFieldRef."""
+
+
+class Engine(Part):
+    """The inference engine: a stock image that gets the weights from the loader."""
+
+    image: Annotated[str, Field(max_length=1024)] = Field(
+        json_schema_extra=matches(
+            "spec.engine.image",
+            r"^[^\\s]+$",
+            "must be an image reference without blanks; give name:tag or name@digest",
+        ),
+    )
+    """Image of the engine."""
+    command: Annotated[list[Argument], Field(max_length=64)] = Field(
+        default=["python3", "-m", "vllm.entrypoints.openai.api_server"], min_length=1
+    )
+    """Command that starts the engine; the operator's arguments and `args` follow it."""
+    args: Annotated[list[Argument], Field(max_length=256)] = Field(
+        default_factory=list,
+        json_schema_extra=rules(*(_owned_arg(flag, fix) for flag, fix in _OWNED_ARGS.items())),
+    )
+    """More arguments of the engine. Arguments that the operator sets are refused."""
+    env: Annotated[list[EnvVar], Field(max_length=256)] = Field(
+        default_factory=list,
+        json_schema_extra={
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["name"],
+        },
+    )
+    """Environment of the engine."""
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        default=8000,
+        json_schema_extra=rules(
+            rule(
+                f"self != {LOADER_PORT}",
+                "spec.engine.port",
+                "is the port of the loader in the same pod; choose another port",
+                value="string(self)",
+            )
+        ),
+    )
+    """Port the engine serves HTTP on. The Service maps its port 80 to it."""
+    resources: Resources = Field(
+        default_factory=Resources, json_schema_extra=_without_gpus("spec.engine.resources")
+    )
+    """Compute resources of the engine; GPUs are requested as `gpu` says."""
+
+
+class Sharding(Part):
+    """The Job that cuts the model into one shard per rank, on CPU nodes."""
+
+    resources: Resources = Field(
+        default_factory=Resources, json_schema_extra=_without_gpus("spec.sharding.resources")
+    )
+    """Compute resources of the shard Job."""
+    node_selector: StringMap = Field(default_factory=dict)
+    """Labels of the nodes that may run the shard Job."""
+    tolerations: PassthroughList = Field(default_factory=list)
+    """Tolerations of the shard Job, as in the core API."""
+
+
+class PodOverrides(Part):
+    """Fields of the serving pods, and where it makes sense of the shard Job's pod."""
+
+    labels: StringMap = Field(
+        default_factory=dict,
+        json_schema_extra=rules(
+            owned_keys("spec.pod.labels", OWNED_KEYS), *label_syntax("spec.pod.labels")
+        ),
+    )
+    """More labels of the serving pods."""
+    annotations: StringMap = Field(
+        default_factory=dict,
+        json_schema_extra=rules(owned_keys("spec.pod.annotations", OWNED_KEYS)),
+    )
+    """More annotations of the serving pods."""
+    node_selector: StringMap = Field(default_factory=dict)
+    """Labels of the nodes that may run the serving pods."""
+    tolerations: PassthroughList = Field(default_factory=list)
+    """Tolerations of the serving pods, as in the core API."""
+    affinity: Passthrough | None = None
+    """Affinity of the serving pods, as in the core API."""
+    topology_spread_constraints: PassthroughList = Field(default_factory=list)
+    """Topology spread constraints of the serving pods, as in the core API."""
+    service_account_name: Annotated[str, Field(max_length=253)] | None = Field(
+        default=None, json_schema_extra=object_name("spec.pod.serviceAccountName")
+    )
+    """ServiceAccount of all pods. Its token is not mounted."""
+    priority_class_name: Annotated[str, Field(max_length=253)] | None = Field(
+        default=None, json_schema_extra=object_name("spec.pod.priorityClassName")
+    )
+    """PriorityClass of the serving pods."""
+    scheduler_name: Annotated[str, Field(max_length=253)] | None = Field(
+        default=None, json_schema_extra=object_name("spec.pod.schedulerName")
+    )
+    """Scheduler of the serving pods."""
+    runtime_class_name: Annotated[str, Field(max_length=253)] | None = Field(
+        default=None, json_schema_extra=object_name("spec.pod.runtimeClassName")
+    )
+    """RuntimeClass of the serving pods."""
+    image_pull_secrets: PassthroughList = Field(default_factory=list)
+    """Pull secrets of all pods, as in the core API."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """Pull policy of all containers."""
+    run_as_user: Annotated[int, Field(ge=1, le=2147483647)] = 1000
+    """User that all containers run as: loader and engine share memory only as one user."""
+    fs_group: Annotated[int, Field(ge=1, le=2147483647)] = 1000
+    """Group that owns the volumes' files."""
+    termination_grace_period_seconds: Annotated[int, Field(ge=0, le=3600)] = 60
+    """Seconds between the request to stop and the kill of a serving pod."""

@@ -1,0 +1,243 @@
+"""The spec of a ModelDeployment: the single source of the CRD's schema, defaults and rules."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from headrace_operator.api.parts import Engine, Part, PodOverrides, Resources, Sharding
+from headrace_operator.api.rules import every, matches, object_name, rule, rules
+
+MAX_TENSOR_PARALLEL_SIZE = 64
+
+_SOURCE = "spec.model.source"
+
+
+class Model(Part):
+    """The model: where its files are and how its weights are stored."""
+
+    source: Annotated[str, Field(max_length=1024)] = Field(
+        json_schema_extra=rules(
+            rule(
+                "self.startsWith('pvc://')",
+                _SOURCE,
+                "must start with pvc://, the only supported scheme; copy the model to a claim and "
+                "give pvc://<claim>/<path>",
+            ),
+            rule(
+                "!self.startsWith('pvc://') || self.matches("
+                "'^pvc://[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/[^/\\\\s][^\\\\s]*$')",
+                _SOURCE,
+                "must name a claim and a directory in it; give pvc://<claim>/<path>",
+            ),
+            rule(
+                "!self.startsWith('pvc://') || "
+                "!self.substring(6).split('/').exists(p, p == '..' || p == '.')",
+                _SOURCE,
+                'must not have "." or ".." as a path component; give the plain path',
+            ),
+        )
+    )
+    """Directory with config.json and safetensors files: pvc://<claim>/<path>."""
+    revision: Annotated[str, Field(max_length=256)] = Field(
+        default="main",
+        json_schema_extra=matches(
+            "spec.model.revision",
+            "^[A-Za-z0-9][A-Za-z0-9._/-]*$",
+            'must be a revision; use letters, digits, ".", "_", "/" and "-"',
+        ),
+    )
+    """Revision of the model. Part of the checkpoint's identity: change it with the files."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the weights; auto keeps the type that the model's config.json names."""
+    quantization: Literal["none"] = "none"
+    """Quantization of the weights; none is the only one in this version."""
+
+
+def _must_be_one(name: str) -> dict[str, str]:
+    return rule(
+        f"self.{name} == 1",
+        f"spec.parallelism.{name}",
+        "must be 1 in this version; set it to 1 and use tensorParallelSize",
+        value=f"string(self.{name})",
+        at=f".{name}",
+    )
+
+
+class Parallelism(Part):
+    """How one replica is spread over GPUs."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            _must_be_one("pipelineParallelSize"), _must_be_one("expertParallelSize")
+        ),
+    )
+
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=MAX_TENSOR_PARALLEL_SIZE)] = 1
+    """GPUs of one replica; every layer is cut into as many shards."""
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
+    """Stages of layers; must be 1 in this version."""
+    expert_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
+    """Groups of experts; must be 1 in this version."""
+
+
+class ExistingClaim(Part):
+    """A PersistentVolumeClaim that exists already."""
+
+    name: Annotated[str, Field(max_length=253)] = Field(
+        json_schema_extra=object_name("spec.volume.existingClaim.name")
+    )
+    """Name of the claim, in the namespace of the ModelDeployment."""
+
+
+class StaticVolume(Part):
+    """An existing FSx for Lustre file system, mounted by the driver fsx.csi.aws.com."""
+
+    file_system_id: Annotated[str, Field(max_length=64)] = Field(
+        json_schema_extra=matches(
+            "spec.volume.static.fileSystemId",
+            "^fs-[0-9a-f]{8,40}$",
+            "must be the ID of a file system; give fs- and its hexadecimal digits",
+        ),
+    )
+    """ID of the file system."""
+    dns_name: Annotated[str, Field(max_length=253)] = Field(
+        json_schema_extra=object_name("spec.volume.static.dnsName")
+    )
+    """DNS name of the file system."""
+    mount_name: Annotated[str, Field(max_length=32)] = Field(
+        default="fsx",
+        json_schema_extra=matches(
+            "spec.volume.static.mountName",
+            "^[A-Za-z0-9_-]+$",
+            'must be the mount name of the file system; give letters, digits, "-" and "_"',
+        ),
+    )
+    """Mount name of the file system."""
+    capacity_gib: Annotated[int, Field(ge=1, le=10_000_000, alias="capacityGiB")]
+    """Capacity of the file system in GiB, for the volume's bookkeeping."""
+    mount_options: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=16)] = (
+        Field(
+            default=["flock"],
+            json_schema_extra=rules(
+                every(
+                    "e.matches('^[A-Za-z0-9_.:=-]+$')",
+                    "spec.volume.static.mountOptions",
+                    "must be one mount option; give one option per item",
+                )
+            ),
+        )
+    )
+    """Mount options."""
+
+
+class DynamicVolume(Part):
+    """A file system that a StorageClass provisions."""
+
+    storage_class_name: Annotated[str, Field(max_length=253)] = Field(
+        json_schema_extra=object_name("spec.volume.dynamic.storageClassName")
+    )
+    """StorageClass of the claim."""
+    capacity_gib: Annotated[int, Field(ge=1200, le=10_000_000, alias="capacityGiB")]
+    """Capacity to provision in GiB."""
+
+
+_KINDS_GIVEN = "[has(self.existingClaim), has(self.static), has(self.dynamic)].filter(x, x).size()"
+
+
+class Volume(Part):
+    """The volume that holds the checkpoints: exactly one of the three kinds."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                f"{_KINDS_GIVEN} == 1",
+                "spec.volume",
+                "kinds are given, must be exactly one of existingClaim, static, dynamic; keep one",
+                value=f"string({_KINDS_GIVEN})",
+            ),
+            rule(
+                "!has(self.static) || !has(oldSelf.static) || self.static == oldSelf.static",
+                "spec.volume.static",
+                "a volume in use cannot become another one; create a new ModelDeployment",
+                value="self.static.fileSystemId",
+                at=".static",
+            ),
+        )
+    )
+
+    existing_claim: ExistingClaim | None = None
+    """Use a claim that exists already."""
+    static: StaticVolume | None = None
+    """Make a volume and a claim for an existing file system. Cannot be changed."""
+    dynamic: DynamicVolume | None = None
+    """Provision a file system; not done in this version."""
+    root: Annotated[str, Field(max_length=512)] = Field(
+        default="headrace",
+        json_schema_extra=rules(
+            rule(
+                "self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$')",
+                "spec.volume.root",
+                'must be a relative directory, no component of which starts with "."; give a path '
+                "such as headrace or team/headrace",
+            )
+        ),
+    )
+    """Directory on the volume that holds the checkpoints."""
+
+
+class Loading(Part):
+    """How the loader reads the weights, and when the engine starts."""
+
+    path: Literal["Require", "Prefer", "Off"] = "Prefer"
+    """GPUDirect Storage: Require it, Prefer it and fall back loudly, or keep it Off."""
+    gate: Literal["Loaded", "Overlap"] = "Loaded"
+    """Start the engine when the weights are Loaded, or at once and Overlap both."""
+    resources: Resources = Field(default_factory=Resources)
+    """Compute resources of the loader. The weights count against it without a GPU."""
+
+
+class Gpu(Part):
+    """How loader and engine get the same GPUs."""
+
+    sharing: Literal["ResourceClaim", "WholeNode", "None"] = "ResourceClaim"
+    """ResourceClaim: one DRA claim for both containers. WholeNode: the engine requests all
+    GPUs of its node and the loader sees them. None: no GPU, weights in host memory."""
+    device_class_name: Annotated[str, Field(max_length=253)] = Field(
+        default="gpu.nvidia.com", json_schema_extra=object_name("spec.gpu.deviceClassName")
+    )
+    """DeviceClass of the claim for sharing ResourceClaim."""
+
+
+class ModelDeploymentSpec(Part):
+    """What the user wants served."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.gpu.sharing != 'None' || self.loading.path == 'Off'",
+                "spec.loading.path",
+                "there is no direct path without a GPU (spec.gpu.sharing is None); set it to Off",
+                value="self.loading.path",
+                at=".loading.path",
+            )
+        )
+    )
+
+    replicas: Annotated[int, Field(ge=0, le=10000)] = 1
+    """Replicas of the engine. Belongs to the user or to an autoscaler, through /scale."""
+    model: Model
+    """The model to serve."""
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+    """How one replica is spread over GPUs."""
+    volume: Volume
+    """The volume that holds the checkpoints."""
+    loading: Loading = Field(default_factory=Loading)
+    """How the weights are loaded."""
+    gpu: Gpu = Field(default_factory=Gpu)
+    """How loader and engine get the same GPUs."""
+    engine: Engine
+    """The inference engine."""
+    sharding: Sharding = Field(default_factory=Sharding)
+    """The Job that shards the model."""
+    pod: PodOverrides = Field(default_factory=PodOverrides)
+    """Fields of the pods."""

@@ -1,0 +1,106 @@
+"""The status of a ModelDeployment, and the root object that joins it with the spec."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from headrace_operator.api.parts import Part
+from headrace_operator.api.rules import rule, rules
+from headrace_operator.api.spec import ModelDeploymentSpec
+
+
+class ConditionType(StrEnum):
+    """The conditions of a ModelDeployment; all are set on the first visit."""
+
+    VOLUME_READY = "VolumeReady"
+    CHECKPOINT_READY = "CheckpointReady"
+    WEIGHTS_RESIDENT = "WeightsResident"
+    AVAILABLE = "Available"
+    READY = "Ready"
+    DIRECT_PATH = "DirectPath"
+
+
+class Condition(Part):
+    """One aspect of the state, in the shape of the API conventions."""
+
+    type: Annotated[str, Field(max_length=316)]
+    """Name of the aspect."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether the aspect holds."""
+    reason: Annotated[str, Field(max_length=128, pattern="^[A-Z][A-Za-z0-9]*$")]
+    """One CamelCase word for machines."""
+    message: Annotated[str, Field(max_length=32768)]
+    """Explanation for humans."""
+    observed_generation: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] = 0
+    """Generation of the spec that the condition was computed from."""
+    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """When the status last changed."""
+
+
+class CheckpointStatus(Part):
+    """The sharded checkpoint of the current spec."""
+
+    key: str
+    """Digest that names the checkpoint."""
+    path: str
+    """Directory of the checkpoint on the volume."""
+    total_bytes: Annotated[int, Field(json_schema_extra={"format": "int64"})] | None = None
+    """Bytes of all shards, once published."""
+    job: str
+    """Job that makes the checkpoint."""
+
+
+class VolumeStatus(Part):
+    """The volume in use."""
+
+    claim_name: str
+    """Claim that the pods mount."""
+
+
+class ModelDeploymentStatus(Part):
+    """What is there."""
+
+    observed_generation: Annotated[int, Field(json_schema_extra={"format": "int64"})] | None = None
+    """Generation of the spec that the status was computed from."""
+    replicas: int | None = None
+    """Serving pods that exist."""
+    ready_replicas: int | None = None
+    """Serving pods that answer requests."""
+    selector: str | None = None
+    """Label selector of the serving pods, for autoscalers."""
+    conditions: list[Condition] = Field(
+        default_factory=list,
+        json_schema_extra={
+            "x-kubernetes-list-type": "map",
+            "x-kubernetes-list-map-keys": ["type"],
+        },
+    )
+    """State by aspect."""
+    checkpoint: CheckpointStatus | None = None
+    """The checkpoint of the current spec."""
+    volume: VolumeStatus | None = None
+    """The volume in use."""
+
+
+class ModelDeployment(BaseModel):
+    """A model served from weights that wait in GPU memory."""
+
+    model_config = ConfigDict(
+        use_attribute_docstrings=True,
+        json_schema_extra=rules(
+            # The Service has the same name, and label values hold at most 63 characters.
+            rule(
+                "!format.dns1035Label().validate(self.metadata.name).hasValue()",
+                "metadata.name",
+                "must be a DNS label, as the Service has the same name; use at most 63 lower case "
+                'letters, digits and "-", starting with a letter',
+                value="self.metadata.name",
+            )
+        ),
+    )
+
+    spec: ModelDeploymentSpec
+    """What the user wants served."""
+    status: ModelDeploymentStatus | None = None
+    """What is there."""
