@@ -1,0 +1,106 @@
+"""The command line: python -m localkube up | down | status | env | kubectl | build."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from . import binaries
+from .cluster import Cluster
+from .errors import LocalkubeError
+from .modules import MODULES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 with the reason on standard error."""
+    logging.basicConfig(level=logging.INFO, format="localkube: %(message)s", stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except LocalkubeError as error:
+        print(f"localkube: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="localkube", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="bring a cluster up and print its environment")
+    up.add_argument("--kwok", type=_count, default=0, metavar="N", help="add N simulated nodes")
+    up.set_defaults(run=_up)
+    down = commands.add_parser("down", help="tear a cluster down, also after a crash")
+    down.set_defaults(run=lambda options: Cluster(options.dir).down())
+    status = commands.add_parser("status", help="list what runs; status 3 when nothing does")
+    status.set_defaults(run=_status)
+    environment = commands.add_parser("env", help="print the environment for a shell to evaluate")
+    environment.set_defaults(run=_environment)
+    kubectl = commands.add_parser("kubectl", help="run kubectl as administrator")
+    kubectl.add_argument("arguments", nargs=argparse.REMAINDER)
+    kubectl.set_defaults(run=_kubectl)
+    for command in (up, down, status, environment, kubectl):
+        command.add_argument("--dir", required=True, help="the cluster's directory")
+
+    build = commands.add_parser("build", help="build binaries into the cache ahead of their use")
+    build.add_argument("--all", action="store_true", help="node, kwok and helm as well")
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: must be 0 or more")
+    return value
+
+
+def _up(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.dir).up(kwok=options.kwok)
+    _print_environment(cluster)
+
+
+def _environment(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.dir)
+    _ = cluster.server  # refuses a cluster that is not up
+    _print_environment(cluster)
+
+
+def _print_environment(cluster: Cluster) -> None:
+    for name, value in cluster.environment.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def _status(options: argparse.Namespace) -> int:
+    running = Cluster(options.dir).status()
+    for component, pid in running.items():
+        print(f"{component} {pid}")
+    return 0 if running else 3
+
+
+def _kubectl(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.dir)
+    kubectl = cluster.bin("kubectl")
+    _ = cluster.server
+    os.execve(  # noqa: S606 - kubectl takes over the terminal
+        kubectl, ["kubectl", *options.arguments], {**os.environ, **cluster.environment}
+    )
+
+
+def _build(options: argparse.Namespace) -> None:
+    wanted = [name for module in MODULES for name in module.commands]
+    paths = binaries.ensure(wanted if options.all else binaries.CONTROL_PLANE)
+    for name, path in paths.items():
+        print(f"{name} {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
