@@ -45,7 +45,11 @@ def definition() -> dict[str, Any]:
     schema["properties"] = {
         "apiVersion": {"type": "string", "description": "Version of this representation."},
         "kind": {"type": "string", "description": "Kind of this object."},
-        "metadata": {"type": "object"},
+        # The bound is the API server's own; stated here it bounds the cost of the rules.
+        "metadata": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 253}},
+        },
         **schema["properties"],
     }
     return {

@@ -68,8 +68,26 @@ def _owned_arg(flag: str, fix: str) -> dict[str, str]:
     )
 
 
+_NOT_ABOVE_LIMIT = (
+    "quantity(string(self.requests[r])).compareTo(quantity(string(self.limits[r]))) <= 0"
+)
+
+
 class Resources(Part):
     """Compute resources of one container, as in the core API."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.requests) || !has(self.limits) || self.requests.all(r, "
+                f"!(r in self.limits) || {_NOT_ABOVE_LIMIT})",
+                "resources.requests",
+                "must be at most the limit; lower the request or raise the limit",
+                value=f"self.requests.filter(r, (r in self.limits) && !({_NOT_ABOVE_LIMIT}))[0]",
+                at=".requests",
+            )
+        )
+    )
 
     limits: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(default_factory=dict)
     """Most that the container may use, by resource name."""
@@ -77,7 +95,8 @@ class Resources(Part):
     """What the container is guaranteed, by resource name."""
 
 
-def _without_gpus(field: str) -> dict[str, Any]:
+def without_gpus(field: str) -> dict[str, Any]:
+    """Attach the rule that resources do not ask for GPUs."""
     return rules(
         rule(
             "!(has(self.limits) && 'nvidia.com/gpu' in self.limits) && "
@@ -155,13 +174,13 @@ class Engine(Part):
                 f"self != {LOADER_PORT}",
                 "spec.engine.port",
                 "is the port of the loader in the same pod; choose another port",
-                value="string(self)",
+                value=f"'{LOADER_PORT}'",
             )
         ),
     )
     """Port the engine serves HTTP on. The Service maps its port 80 to it."""
     resources: Resources = Field(
-        default_factory=Resources, json_schema_extra=_without_gpus("spec.engine.resources")
+        default_factory=Resources, json_schema_extra=without_gpus("spec.engine.resources")
     )
     """Compute resources of the engine; GPUs are requested as `gpu` says."""
 
@@ -170,7 +189,7 @@ class Sharding(Part):
     """The Job that cuts the model into one shard per rank, on CPU nodes."""
 
     resources: Resources = Field(
-        default_factory=Resources, json_schema_extra=_without_gpus("spec.sharding.resources")
+        default_factory=Resources, json_schema_extra=without_gpus("spec.sharding.resources")
     )
     """Compute resources of the shard Job."""
     node_selector: StringMap = Field(default_factory=dict)

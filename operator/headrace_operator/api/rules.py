@@ -17,7 +17,8 @@ Passthrough = Annotated[dict[str, Any], Field(json_schema_extra={PRESERVE_UNKNOW
 """An object of the core API handed on as it is; the API server checks it on the child."""
 
 Quantity = Annotated[
-    int | str, Field(json_schema_extra={INT_OR_STRING: True, "pattern": QUANTITY_PATTERN})
+    int | str,
+    Field(json_schema_extra={INT_OR_STRING: True, "pattern": QUANTITY_PATTERN, "maxLength": 32}),
 ]
 
 
@@ -30,7 +31,8 @@ def rule(
         expression: CEL, true for a valid value; `self` is what the rule is attached to.
         field: path of the field from the root of the object.
         text: the rule and the fix, in the form "must ...; do ...".
-        value: CEL expression of the refused value, of type string.
+        value: CEL expression of the refused value, of type string. Not string(number): its
+            estimated length, and so the rule's cost, is unbounded.
         at: path of the field to blame below `self`, such as ".args".
     """
     text = text.replace("'", "\\'")

@@ -43,6 +43,7 @@ def _convert(schema: Schema, definitions: Schema) -> Schema:
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             INT_OR_STRING: True,
             "pattern": schema["pattern"],
+            "maxLength": schema["maxLength"],
         }
     result = {key: schema[key] for key in _KEPT if schema.get(key) is not None}
     if "const" in schema:

@@ -1,10 +1,17 @@
 """The spec of a ModelDeployment: the single source of the CRD's schema, defaults and rules."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from headrace_operator.api.parts import Engine, Part, PodOverrides, Resources, Sharding
+from headrace_operator.api.parts import (
+    Engine,
+    Part,
+    PodOverrides,
+    Resources,
+    Sharding,
+    without_gpus,
+)
 from headrace_operator.api.rules import every, matches, object_name, rule, rules
 
 MAX_TENSOR_PARALLEL_SIZE = 64
@@ -53,30 +60,29 @@ class Model(Part):
     """Quantization of the weights; none is the only one in this version."""
 
 
-def _must_be_one(name: str) -> dict[str, str]:
-    return rule(
-        f"self.{name} == 1",
-        f"spec.parallelism.{name}",
-        "must be 1 in this version; set it to 1 and use tensorParallelSize",
-        value=f"string(self.{name})",
-        at=f".{name}",
+def _must_be_one(name: str) -> dict[str, Any]:
+    return rules(
+        rule(
+            "self == 1",
+            f"spec.parallelism.{name}",
+            "must be 1 in this version; set it to 1 and use tensorParallelSize",
+            value="'more than 1'",
+        )
     )
 
 
 class Parallelism(Part):
     """How one replica is spread over GPUs."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            _must_be_one("pipelineParallelSize"), _must_be_one("expertParallelSize")
-        ),
-    )
-
     tensor_parallel_size: Annotated[int, Field(ge=1, le=MAX_TENSOR_PARALLEL_SIZE)] = 1
     """GPUs of one replica; every layer is cut into as many shards."""
-    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, json_schema_extra=_must_be_one("pipelineParallelSize")
+    )
     """Stages of layers; must be 1 in this version."""
-    expert_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
+    expert_parallel_size: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, json_schema_extra=_must_be_one("expertParallelSize")
+    )
     """Groups of experts; must be 1 in this version."""
 
 
@@ -152,8 +158,8 @@ class Volume(Part):
             rule(
                 f"{_KINDS_GIVEN} == 1",
                 "spec.volume",
-                "kinds are given, must be exactly one of existingClaim, static, dynamic; keep one",
-                value=f"string({_KINDS_GIVEN})",
+                "must have exactly one of existingClaim, static, dynamic; keep one",
+                value=f"({_KINDS_GIVEN} == 0 ? 'none' : 'several')",
             ),
             rule(
                 "!has(self.static) || !has(oldSelf.static) || self.static == oldSelf.static",
@@ -192,7 +198,9 @@ class Loading(Part):
     """GPUDirect Storage: Require it, Prefer it and fall back loudly, or keep it Off."""
     gate: Literal["Loaded", "Overlap"] = "Loaded"
     """Start the engine when the weights are Loaded, or at once and Overlap both."""
-    resources: Resources = Field(default_factory=Resources)
+    resources: Resources = Field(
+        default_factory=Resources, json_schema_extra=without_gpus("spec.loading.resources")
+    )
     """Compute resources of the loader. The weights count against it without a GPU."""
 
 

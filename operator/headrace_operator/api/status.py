@@ -91,11 +91,12 @@ class ModelDeployment(BaseModel):
         json_schema_extra=rules(
             # The Service has the same name, and label values hold at most 63 characters.
             rule(
-                "!format.dns1035Label().validate(self.metadata.name).hasValue()",
+                "self.metadata.name.matches('^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$')",
                 "metadata.name",
                 "must be a DNS label, as the Service has the same name; use at most 63 lower case "
                 'letters, digits and "-", starting with a letter',
                 value="self.metadata.name",
+                at=".metadata.name",
             )
         ),
     )
