@@ -1,4 +1,4 @@
-"""The command line: python -m localkube up | down | status | env | kubectl | build."""
+"""The command line: python -m localkube COMMAND."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from . import binaries
+from . import binaries, prerequisites
 from .cluster import Cluster
 from .errors import LocalkubeError
 from .modules import MODULES
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
-    except LocalkubeError as error:
+    except (LocalkubeError, OSError) as error:
         print(f"localkube: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     up = commands.add_parser("up", help="bring a cluster up and print its environment")
+    up.add_argument("--node", action="store_true", help="with a real node (needs root)")
     up.add_argument("--kwok", type=_count, default=0, metavar="N", help="add N simulated nodes")
+    up.add_argument("--kwok-stages", default="", metavar="FILE", help="Stages to use for them")
     up.set_defaults(run=_up)
     down = commands.add_parser("down", help="tear a cluster down, also after a crash")
     down.set_defaults(run=lambda options: Cluster(options.dir).down())
@@ -47,9 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     kubectl = commands.add_parser("kubectl", help="run kubectl as administrator")
     kubectl.add_argument("arguments", nargs=argparse.REMAINDER)
     kubectl.set_defaults(run=_kubectl)
-    for command in (up, down, status, environment, kubectl):
+    image = commands.add_parser("image-import", help="import image archives into the real node")
+    image.add_argument("archives", nargs="+", metavar="ARCHIVE")
+    image.set_defaults(run=_import_images)
+    ctr = commands.add_parser("ctr", help="run containerd's ctr in the real node")
+    ctr.add_argument("arguments", nargs=argparse.REMAINDER)
+    ctr.set_defaults(run=_ctr)
+    guard = commands.add_parser("guard", help="tear the cluster down at the end of standard input")
+    guard.set_defaults(run=_guard)
+    for command in (up, down, status, environment, kubectl, image, ctr, guard):
         command.add_argument("--dir", required=True, help="the cluster's directory")
 
+    packages = commands.add_parser("install-packages", help="install what a real node needs")
+    packages.set_defaults(run=_install_packages)
     build = commands.add_parser("build", help="build binaries into the cache ahead of their use")
     build.add_argument("--all", action="store_true", help="node, kwok and helm as well")
     build.set_defaults(run=_build)
@@ -64,7 +76,9 @@ def _count(text: str) -> int:
 
 
 def _up(options: argparse.Namespace) -> None:
-    cluster = Cluster(options.dir).up(kwok=options.kwok)
+    cluster = Cluster(options.dir).up(
+        node=options.node, kwok=options.kwok, kwok_stages=options.kwok_stages
+    )
     _print_environment(cluster)
 
 
@@ -93,6 +107,27 @@ def _kubectl(options: argparse.Namespace) -> None:
     os.execve(  # noqa: S606 - kubectl takes over the terminal
         kubectl, ["kubectl", *options.arguments], {**os.environ, **cluster.environment}
     )
+
+
+def _guard(options: argparse.Namespace) -> None:
+    sys.stdin.read()
+    Cluster(options.dir).down()
+
+
+def _import_images(options: argparse.Namespace) -> None:
+    cluster = Cluster(options.dir)
+    for archive in options.archives:
+        for name in cluster.import_image(archive):
+            print(name)
+
+
+def _ctr(options: argparse.Namespace) -> None:
+    print(Cluster(options.dir).ctr(*options.arguments), end="")
+
+
+def _install_packages(_: argparse.Namespace) -> None:
+    installed = prerequisites.install_packages()
+    print(f"installed: {' '.join(installed)}" if installed else "nothing is missing")
 
 
 def _build(options: argparse.Namespace) -> None:

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 import shutil
 import subprocess
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from . import binaries, controlplane, processes
+from . import binaries, network, node, processes
 from .api import Api
+from .cgroups import ControlGroups
 from .components import Components
-from .errors import CommandError, ComponentError, InvalidInputError, LocalkubeError
+from .errors import CommandError, InvalidInputError, LocalkubeError
 from .files import locked
+from .guard import Guard
 from .kubeconfig import write_kubeconfig
 from .layout import Layout
+from .namespaces import Namespaces
 from .pki import Authority, Credential
 from .record import Record
+from .startup import Startup
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
-log = logging.getLogger(__name__)
-
-DEFAULT_SERVICE_CIDR = "10.96.0.0/16"
-API_SERVER_SECONDS = 60.0
-CONTROLLERS_SECONDS = 60.0
 COMMAND_SECONDS = 120.0
-PORT_ATTEMPTS = 5
 
 
 class Cluster:
     """A Kubernetes cluster whose files lie in `directory`.
 
-    As a context manager it is up inside the block and torn down at its end:
+    As a context manager it is up inside the block and torn down at its end, even if this
+    Python process is killed:
 
         with Cluster(tmp_path).up(node=True) as cluster: ...
 
@@ -46,14 +42,18 @@ class Cluster:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._layout = Layout.of(directory)
         self._components = Components(self._layout)
-        #: Seconds from the beginning of `up` to each milestone.
+        #: Seconds from the start of the first component to each milestone of `up`.
         self.timings: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        return self if self._record() else self.up()
+        if not self._record():
+            self.up()
+        self._guard = Guard(self._layout.root)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.down()
+        self._guard.dismiss()
 
     @property
     def directory(self) -> Path:
@@ -85,21 +85,31 @@ class Cluster:
         """The variables that make kubectl, helm and clients use this cluster."""
         return {"KUBECONFIG": str(self.kubeconfig)}
 
-    def up(self, *, node: bool = False, kwok: int = 0) -> Self:
+    def up(
+        self,
+        *,
+        node: bool = False,
+        kwok: int = 0,
+        kwok_stages: str | os.PathLike[str] = "",
+    ) -> Self:
         """Bring the cluster up and return it; a cluster that is up already is kept.
 
-        With `node`, a real node (needs root); `kwok` is a number of simulated nodes.
+        With `node`, a real node (needs root). `kwok` is a number of simulated nodes, and
+        `kwok_stages` a file of Stage objects to use instead of kwok's own fast ones.
         Returns once the API answers, the default ServiceAccount exists and the nodes are Ready.
         Raises LocalkubeError, and leaves nothing running, when that cannot be reached.
         """
-        wanted = Record(node=node, kwok=kwok)
+        wanted = Record(node=node, kwok=kwok, kwok_stages=os.fspath(kwok_stages))
+        startup = Startup(self._layout, self._components, wanted, self.timings)
+        startup.check()
         self._layout.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with locked(self._layout.lock):
             if present := self._record():
                 self._check_same(present, wanted)
                 return self
+            shutil.rmtree(self._layout.logs, ignore_errors=True)
             try:
-                self._start(wanted)
+                startup.run()
             except BaseException:
                 self._tear_down()
                 raise
@@ -108,8 +118,8 @@ class Cluster:
     def down(self) -> None:
         """Tear the cluster down and delete its files but the logs; does nothing when it is down.
 
-        Works from any process and after any crash. Raises TeardownError when something
-        could not be removed.
+        Works from any process and after any crash. Raises TeardownError when something could
+        not be removed.
         """
         if not self._layout.root.exists():
             return
@@ -136,9 +146,8 @@ class Cluster:
 
         Raises CommandError with its error output when it fails, unless `check` is false.
         """
-        return self.run(
-            [self.bin("kubectl"), *arguments], stdin=stdin, check=check, timeout=timeout
-        )
+        command: list[str | Path] = [self.bin("kubectl"), *arguments]
+        return self.run(command, stdin=stdin, check=check, timeout=timeout)
 
     def run(
         self,
@@ -165,7 +174,7 @@ class Cluster:
         return result.stdout
 
     def kubeconfig_for(self, user: str, groups: Iterable[str] = ()) -> Path:
-        """Write a kubeconfig for `user` in `groups`, who has the rights that RBAC gives, no more."""
+        """Write a kubeconfig for `user` in `groups`, with the rights that RBAC gives them."""
         name = f"user-{user.replace(':', '-').replace('/', '-')}"
         authority = Authority(self._layout.pki)
         return write_kubeconfig(
@@ -174,6 +183,26 @@ class Cluster:
             authority=authority.credential.certificate,
             credential=authority.issue(name, user, groups),
         )
+
+    def run_in_node(
+        self, *command: str | Path, check: bool = True, timeout: float = COMMAND_SECONDS
+    ) -> str:
+        """Run a command in the real node's network, mounts and process ids; return its output.
+
+        What it mounts, pods see, the machine does not, and `down` takes away.
+        """
+        namespaces = Namespaces.find(self._layout.root)
+        return namespaces.run(*command, check=check, timeout=timeout)
+
+    def ctr(self, *arguments: str, check: bool = True, timeout: float = COMMAND_SECONDS) -> str:
+        """Run containerd's ctr on the images and containers of the real node's pods."""
+        flag = f"--namespace={node.IMAGE_NAMESPACE}"
+        return self.run_in_node(self.bin("ctr"), flag, *arguments, check=check, timeout=timeout)
+
+    def import_image(self, archive: str | os.PathLike[str]) -> list[str]:
+        """Import an OCI or Docker archive into the real node; return the names of its images."""
+        path = Path(archive).resolve(strict=True)
+        return node.import_image(Namespaces.find(self._layout.root), self.bin("ctr"), path)
 
     def _record(self) -> Record | None:
         return Record.load(self._layout.record)
@@ -197,88 +226,9 @@ class Cluster:
                 "tear it down first"
             )
 
-    def _start(self, wanted: Record) -> None:
-        started = time.monotonic()
-        paths = binaries.ensure(controlplane_binaries(wanted))
-        shutil.rmtree(self._layout.logs, ignore_errors=True)
-        wanted.save(self._layout.record)
-        begun = time.monotonic()
-        if begun - started > 1:
-            log.info("binaries: ready after %.1f s", begun - started)
-
-        def milestone(name: str) -> None:
-            self.timings[name] = time.monotonic() - begun
-            log.info("%s: ready after %.1f s", name, self.timings[name])
-
-        self._start_control_plane(wanted, paths)
-        milestone("API server")
-        self._await_controllers()
-        milestone("controllers")
-
-    def _start_control_plane(self, wanted: Record, paths: dict[str, Path]) -> None:
-        layout, start = self._layout, self._components.start
-        start("etcd", controlplane.etcd(paths["etcd"], layout))
-        address = "127.0.0.1"
-        for attempt in range(1, PORT_ATTEMPTS + 1):
-            endpoint = controlplane.Endpoint(
-                address=address,
-                port=controlplane.free_port(address),
-                service_cidr=DEFAULT_SERVICE_CIDR,
-                service_address="10.96.0.1",
-                reachable_from_pods=False,
-            )
-            if attempt == 1:
-                authority, admin = controlplane.prepare_pki(layout, endpoint)
-            start(
-                "kube-apiserver", controlplane.api_server(paths["kube-apiserver"], layout, endpoint)
-            )
-            api = Api(endpoint.server, authority.credential.certificate, admin)
-            try:
-                self._components.wait_for(
-                    "waiting for the API server", lambda: api.get("/readyz"), API_SERVER_SECONDS
-                )
-                break
-            except ComponentError:
-                taken = "address already in use" in layout.log_tail("kube-apiserver")
-                if not taken or attempt == PORT_ATTEMPTS:
-                    raise
-        dataclasses.replace(wanted, server=endpoint.server).save(layout.record)
-        write_kubeconfig(
-            layout.kubeconfig,
-            server=endpoint.server,
-            authority=authority.credential.certificate,
-            credential=admin,
-        )
-        manager = controlplane.component_kubeconfig(
-            layout, endpoint, authority, "system:kube-controller-manager"
-        )
-        start(
-            "kube-controller-manager",
-            controlplane.controller_manager(paths["kube-controller-manager"], layout, manager),
-        )
-        scheduler = controlplane.component_kubeconfig(
-            layout, endpoint, authority, "system:kube-scheduler"
-        )
-        start("kube-scheduler", controlplane.scheduler(paths["kube-scheduler"], scheduler))
-
-    def _await_controllers(self) -> None:
-        api = Api(self.server, self.authority, self.admin)
-        self._components.wait_for(
-            "waiting for the default ServiceAccount",
-            lambda: api.get("/api/v1/namespaces/default/serviceaccounts/default"),
-            CONTROLLERS_SECONDS,
-        )
-
     def _tear_down(self) -> None:
         processes.kill_all(self._layout.root)
         self._components.reap()
+        ControlGroups(self._layout.group).remove()
+        network.disconnect(self._layout.identity)
         self._layout.clear()
-
-
-def controlplane_binaries(wanted: Record) -> tuple[str, ...]:
-    """Return the names of the binaries that a cluster with these options needs."""
-    return (
-        *binaries.CONTROL_PLANE,
-        *(binaries.NODE if wanted.node else ()),
-        *(("kwok",) if wanted.kwok else ()),
-    )

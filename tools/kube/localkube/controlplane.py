@@ -7,10 +7,10 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .kubeconfig import write_kubeconfig
 from .pki import Authority, Credential, key_pem, new_key, public_pem
 
 if TYPE_CHECKING:
+    import ipaddress
     from collections.abc import Mapping
     from pathlib import Path
 
@@ -28,14 +28,13 @@ ADMINISTRATORS = "system:masters"
 class Endpoint:
     """Where the API server listens and what it hands out.
 
-    `service_cidr` is the network of Service addresses, whose first one is its own. The
-    server announces itself to pods only where `reachable_from_pods`.
+    `services` is the network of Service addresses, whose first one is its own. The server
+    announces itself to pods only where `reachable_from_pods`.
     """
 
     address: str
     port: int
-    service_cidr: str
-    service_address: str
+    services: ipaddress.IPv4Network
     reachable_from_pods: bool
 
     @property
@@ -65,27 +64,13 @@ def prepare_pki(layout: Layout, endpoint: Endpoint) -> tuple[Authority, Credenti
     authority = Authority(layout.pki)
     names = ["kubernetes.default.svc.cluster.local", "kubernetes.default.svc"]
     names += ["kubernetes.default", "kubernetes", "localhost", "127.0.0.1"]
-    authority.issue(
-        "apiserver", "kube-apiserver", hosts=[*names, endpoint.address, endpoint.service_address]
-    )
+    names += [endpoint.address, str(endpoint.services[1])]
+    authority.issue("apiserver", "kube-apiserver", hosts=names)
     authority.issue("apiserver-kubelet-client", "kube-apiserver-kubelet-client", [ADMINISTRATORS])
     accounts = new_key()
     (layout.pki / "service-accounts.key").write_bytes(key_pem(accounts))
     (layout.pki / "service-accounts.pub").write_bytes(public_pem(accounts))
     return authority, authority.issue("admin", "kubernetes-admin", [ADMINISTRATORS])
-
-
-def component_kubeconfig(
-    layout: Layout, endpoint: Endpoint, authority: Authority, user: str, *groups: str
-) -> Path:
-    """Write the kubeconfig of the component that acts as `user`, and return its path."""
-    name = user.replace(":", "-")
-    return write_kubeconfig(
-        layout.config / f"{name}.kubeconfig",
-        server=endpoint.server,
-        authority=authority.credential.certificate,
-        credential=authority.issue(name, user, groups),
-    )
 
 
 def etcd(binary: Path, layout: Layout) -> list[str | Path]:
@@ -113,7 +98,7 @@ def api_server(binary: Path, layout: Layout, endpoint: Endpoint) -> list[str | P
         "secure-port": endpoint.port,
         # A loopback address is refused as an endpoint, and nobody could use it.
         "endpoint-reconciler-type": "lease" if endpoint.reachable_from_pods else "none",
-        "service-cluster-ip-range": endpoint.service_cidr,
+        "service-cluster-ip-range": endpoint.services,
         "authorization-mode": "Node,RBAC",
         "enable-admission-plugins": "NodeRestriction",
         "allow-privileged": "true",
@@ -143,6 +128,8 @@ def controller_manager(binary: Path, layout: Layout, kubeconfig: Path) -> list[s
         "use-service-account-credentials": "true",
         "service-account-private-key-file": layout.pki / "service-accounts.key",
         "root-ca-file": layout.pki / "ca.crt",
+        # By default it creates a directory of its own below /usr.
+        "flex-volume-plugin-dir": layout.config / "volume-plugins",
         "cluster-signing-cert-file": layout.pki / "ca.crt",
         "cluster-signing-key-file": layout.pki / "ca.key",
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from .errors import InvalidInputError
+from .errors import InvalidInputError, TeardownError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Layout:
     def identity(self) -> str:
         """Eight characters for the names of things outside the directory."""
         return hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
+
+    @property
+    def group(self) -> str:
+        """The name of the control group around the node's processes."""
+        return f"localkube-{self.identity}"
 
     @property
     def record(self) -> Path:
@@ -89,10 +95,27 @@ class Layout:
         return "\n".join(text.splitlines()[-lines:])
 
     def clear(self) -> None:
-        """Delete everything but the logs and the lock."""
-        for path in (self.pki, self.config, self.etcd, self.node):
-            shutil.rmtree(path, ignore_errors=False) if path.exists() else None
-        for socket in self.root.glob("*:0"):
+        """Delete everything but the logs and the lock.
+
+        Raises TeardownError when something is mounted there: it may hold what is not ours.
+        """
+        mounted = [point for point in _mount_points() if point.is_relative_to(self.root)]
+        if mounted:
+            raise TeardownError(f"mounted: {', '.join(map(str, mounted))}; unmount, then repeat")
+        for directory in (self.pki, self.config, self.etcd, self.node):
+            if directory.exists():
+                shutil.rmtree(directory)
+        for socket in self.root.glob("etcd-*:0"):
             socket.unlink()
         self.kubeconfig.unlink(missing_ok=True)
         self.record.unlink(missing_ok=True)
+
+
+def _mount_points() -> list[Path]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [Path(os.fsdecode(_unescape(line.split()[4]))) for line in lines]
+
+
+def _unescape(text: str) -> bytes:
+    """Undo the octal escapes that the kernel writes for blanks."""
+    return re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))

@@ -31,6 +31,7 @@ class Process:
     """A running process of a cluster."""
 
     pid: int
+    parent: int
     component: str
 
 
@@ -68,22 +69,23 @@ def spawn(
 
 def find(owner: Path) -> list[Process]:
     """Return the running processes that carry the mark of the cluster in `owner`."""
-    return [
-        Process(int(entry.name), component)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and (component := _component(entry, owner)) is not None
-    ]
+    numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [process for pid in numbers if (process := _inspect(pid, owner)) is not None]
 
 
-def _component(entry: Path, owner: Path) -> str | None:
+def _inspect(pid: int, owner: Path) -> Process | None:
+    """Return process `pid` if it belongs to `owner`; a zombie has no environment and does not."""
+    entry = Path("/proc") / str(pid)
     try:
         pairs = (entry / "environ").read_bytes().split(b"\0")
+        stat = (entry / "stat").read_text(errors="replace")
     except OSError:
         return None
     variables = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
     if variables.get(OWNER.encode()) != os.fsencode(owner):
         return None
-    return os.fsdecode(variables.get(COMPONENT.encode(), b"?"))
+    parent = int(stat.rpartition(")")[2].split()[1])
+    return Process(pid, parent, os.fsdecode(variables.get(COMPONENT.encode(), b"?")))
 
 
 def kill_all(owner: Path, *, seconds: float = 20.0) -> None:
@@ -93,12 +95,15 @@ def kill_all(owner: Path, *, seconds: float = 20.0) -> None:
     """
     deadline = time.monotonic() + seconds
     while processes := find(owner):
+        # Children first: their parents then reap them, and none is left to process 1.
+        parents = {process.parent for process in processes}
+        leaves = [process for process in processes if process.pid not in parents]
         if time.monotonic() > deadline:
             raise TeardownError(
                 f"still running after {seconds:.0f} s: "
                 + ", ".join(f"{p.component} (pid {p.pid})" for p in processes)
             )
-        descriptors = [d for p in processes if (d := _kill(p, owner)) is not None]
+        descriptors = [d for p in leaves if (d := _kill(p, owner)) is not None]
         _await_exit(descriptors, deadline)
 
 
@@ -109,7 +114,7 @@ def _kill(process: Process, owner: Path) -> int | None:
     except OSError:
         return None
     # The descriptor pins the process; only now is it certain that the id was not reused.
-    if _component(Path(f"/proc/{process.pid}"), owner) is None:
+    if _inspect(process.pid, owner) is None:
         os.close(descriptor)
         return None
     signal.pidfd_send_signal(descriptor, signal.SIGKILL)

@@ -20,8 +20,8 @@ class Record:
 
     node: bool
     kwok: int
+    kwok_stages: str = ""
     server: str = ""
-    host_address: str = ""
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
