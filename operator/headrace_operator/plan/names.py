@@ -1,0 +1,127 @@
+"""Names, labels and keys: deterministic, so that applying twice makes nothing twice."""
+
+import hashlib
+import re
+from typing import Any
+
+from headrace_operator.api import API_VERSION, KIND
+from headrace_operator.api.spec import ModelDeploymentSpec
+from headrace_operator.plan.objects import Object, canonical_json, name_of, text, uid_of
+
+OWNER_LABEL = "headrace.dev/model-deployment"
+NAMESPACE_LABEL = "headrace.dev/namespace"
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+MANAGED_BY = "headrace"
+SHARD = "shard"
+SERVE = "serve"
+
+KEY_ANNOTATION = "headrace.dev/checkpoint-key"
+SPEC_HASH_ANNOTATION = "headrace.dev/spec-hash"
+TEMPLATE_VERSION_ANNOTATION = "headrace.dev/template-version"
+LOADER_IMAGE_ANNOTATION = "headrace.dev/loader-image"
+
+CHECKPOINT_FORMAT_VERSION = 1
+CHECKPOINT_LAYOUT = "vllm"
+_MAX_LABEL = 63
+_SOURCE = re.compile(r"pvc://([^/]+)/(.+)", re.DOTALL)
+
+
+def digest(value: object, length: int) -> str:
+    """Return the first hex digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def child_name(owner: str, suffix: str) -> str:
+    """Return `<owner>-<suffix>`, shortened to a DNS label with a digest if it is too long."""
+    full = f"{owner}-{suffix}"
+    if len(full) <= _MAX_LABEL:
+        return full
+    tail = f"{digest(full, 8)}-{suffix}"
+    return f"{owner[: _MAX_LABEL - 1 - len(tail)]}-{tail}"
+
+
+def labels(owner: Object, component: str | None = None) -> dict[str, str]:
+    """Return the labels of a child."""
+    name = name_of(owner)
+    common = {
+        MANAGED_BY_LABEL: MANAGED_BY,
+        "app.kubernetes.io/name": "headrace",
+        "app.kubernetes.io/instance": name,
+        OWNER_LABEL: name,
+    }
+    return common if component is None else {**common, COMPONENT_LABEL: component}
+
+
+def metadata(
+    owner: Object,
+    name: str,
+    *,
+    component: str | None = None,
+    annotations: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return the metadata of a namespaced child, owned by the ModelDeployment."""
+    result: dict[str, Any] = {
+        "name": name,
+        "namespace": text(owner, "metadata", "namespace"),
+        "labels": labels(owner, component),
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": name_of(owner),
+                "uid": uid_of(owner),
+                "controller": True,
+                "blockOwnerDeletion": True,
+            }
+        ],
+    }
+    return {**result, "annotations": annotations} if annotations else result
+
+
+def source_parts(source: str) -> tuple[str, str]:
+    """Split pvc://<claim>/<path> into claim and path; both are empty if it is none."""
+    match = _SOURCE.fullmatch(source)
+    return (match[1], match[2].strip("/")) if match else ("", "")
+
+
+def identity(spec: ModelDeploymentSpec) -> dict[str, Any]:
+    """Return what makes two checkpoints the same one."""
+    return {
+        "source": spec.model.source,
+        "revision": spec.model.revision,
+        "dtype": spec.model.dtype,
+        "quantization": spec.model.quantization,
+        "tensor": spec.parallelism.tensor_parallel_size,
+        "pipeline": spec.parallelism.pipeline_parallel_size,
+        "expert": spec.parallelism.expert_parallel_size,
+        "layout": CHECKPOINT_LAYOUT,
+        "formatVersion": CHECKPOINT_FORMAT_VERSION,
+    }
+
+
+def checkpoint_key(spec: ModelDeploymentSpec) -> str:
+    """Return the key of the checkpoint: 16 hex digits."""
+    return digest(identity(spec), 16)
+
+
+def checkpoint_path(spec: ModelDeploymentSpec) -> str:
+    """Return the checkpoint's directory, relative to the volume's root."""
+    last = source_parts(spec.model.source)[1].rpartition("/")[2]
+    slug = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:_MAX_LABEL] or "model"
+    return f"{spec.volume.root}/{slug}/{checkpoint_key(spec)}"
+
+
+def job_name(owner: str, spec: ModelDeploymentSpec) -> str:
+    """Return the name of the Job that makes the checkpoint of the spec."""
+    return child_name(owner, f"{SHARD}-{checkpoint_key(spec)[:8]}")
+
+
+def spec_hash(spec: ModelDeploymentSpec, *, without: frozenset[str]) -> str:
+    """Return a digest of the spec without some of its parts.
+
+    Defaults do not count, so that a field which a newer version adds with a default does not
+    change the digest of specs that do not use it.
+    """
+    dump = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(without))
+    return digest(dump, 16)

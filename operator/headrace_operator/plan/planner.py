@@ -1,0 +1,208 @@
+"""From one ModelDeployment and its observed children to what has to be done."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from headrace_operator.api import API_VERSION, KIND
+from headrace_operator.api.spec import ModelDeploymentSpec
+from headrace_operator.api.status import ConditionType
+from headrace_operator.plan.checkpoint import Checkpoint, plan_checkpoint
+from headrace_operator.plan.conditions import (
+    FALSE,
+    UNKNOWN,
+    Draft,
+    holds,
+    merge,
+    of_failure,
+    problem,
+    transitions,
+    waiting,
+)
+from headrace_operator.plan.names import (
+    checkpoint_key,
+    checkpoint_path,
+    job_name,
+    source_parts,
+)
+from headrace_operator.plan.objects import (
+    Object,
+    at,
+    integer,
+    is_deleting,
+    name_of,
+    text,
+)
+from headrace_operator.plan.serving import (
+    SCALED_TO_ZERO,
+    available,
+    direct_path,
+    failures,
+    refusal,
+    weights_resident,
+)
+from headrace_operator.plan.volume import claim_name, desired_volume, volume_name, volume_ready
+from headrace_operator.plan.workload import Workload, is_rolled_out, plan_workload, selector
+from headrace_operator.plan.world import NAME_CONFLICT, Needs, Observed, Plan, Settings
+
+# No event tells that claims of others change, or that children of a deleted object which had
+# the same name are gone.
+_RECHECK_SECONDS = 5.0
+_UNWATCHED = frozenset({"ClaimNotFound", "ClaimPending", "ClaimTerminating", "SourceClaimNotFound"})
+
+_SUMMARISED = (
+    ConditionType.VOLUME_READY,
+    ConditionType.CHECKPOINT_READY,
+    ConditionType.WEIGHTS_RESIDENT,
+    ConditionType.AVAILABLE,
+)
+
+
+def needs(resource: Object) -> Needs:
+    """Return what has to be looked up by name before planning for a ModelDeployment."""
+    spec = _parse(resource)
+    if isinstance(spec, ValidationError):
+        return Needs()
+    return Needs(
+        claim=claim_name(resource, spec),
+        source_claim=source_parts(spec.model.source)[0] or None,
+        volume=volume_name(resource) if spec.volume.static is not None else None,
+        gpus_of_nodes=spec.gpu.sharing == "WholeNode",
+        dra_served=spec.gpu.sharing == "ResourceClaim",
+    )
+
+
+def plan(resource: Object, observed: Observed, settings: Settings, now: datetime) -> Plan:
+    """Decide what to do for a ModelDeployment, given its observed children.
+
+    Nothing is done for an object that is being deleted: its children follow by their owner
+    references.
+    """
+    if is_deleting(resource):
+        return Plan()
+    spec = _parse(resource)
+    if isinstance(spec, ValidationError):
+        return _plan_of_invalid(resource, spec, now)
+    claim = claim_name(resource, spec)
+    volume_objects, volume_deletions = desired_volume(resource, spec, observed)
+    checkpoint = plan_checkpoint(resource, spec, claim, observed, settings)
+    may_roll = checkpoint.is_ready and refusal(spec, observed) is None
+    workload = plan_workload(resource, spec, claim, observed, settings, may_roll=may_roll)
+    drafts = _drafts(resource, spec, observed, checkpoint, workload)
+    status = _status(resource, spec, claim, observed, checkpoint)
+    return Plan(
+        apply=(*volume_objects, *checkpoint.apply, *workload.apply),
+        delete=(*volume_deletions, *checkpoint.delete, *workload.delete),
+        scale=workload.scale,
+        status=_document(resource, status, drafts, now),
+        transitions=transitions(resource, drafts),
+        requeue_seconds=_requeue_seconds(drafts, observed),
+    )
+
+
+def _parse(resource: Object) -> ModelDeploymentSpec | ValidationError:
+    try:
+        return ModelDeploymentSpec.model_validate(at(resource, "spec"))
+    except ValidationError as error:
+        return error
+
+
+def _plan_of_invalid(resource: Object, error: ValidationError, now: datetime) -> Plan:
+    """Plan for a spec that this version cannot read, which the CRD's schema should refuse."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(["spec", *map(str, first["loc"])])
+    message = f"{field}: {first['msg']}; update the CRD and the object"
+    drafts = {kind: Draft(UNKNOWN, "SpecInvalid", "the spec is invalid") for kind in ConditionType}
+    drafts[ConditionType.READY] = problem("SpecInvalid", message)
+    return Plan(
+        status=_document(resource, {}, drafts, now), transitions=transitions(resource, drafts)
+    )
+
+
+def _drafts(
+    resource: Object,
+    spec: ModelDeploymentSpec,
+    observed: Observed,
+    checkpoint: Checkpoint,
+    workload: Workload,
+) -> dict[ConditionType, Draft]:
+    resident = weights_resident(spec, observed, checkpoint_is_ready=checkpoint.is_ready)
+    drafts = {
+        ConditionType.VOLUME_READY: volume_ready(resource, spec, observed),
+        ConditionType.CHECKPOINT_READY: checkpoint.draft,
+        ConditionType.WEIGHTS_RESIDENT: resident,
+        ConditionType.AVAILABLE: available(spec, observed, resident=resident.holds),
+    }
+    drafts[ConditionType.READY] = _ready(spec, observed, drafts, workload)
+    drafts[ConditionType.DIRECT_PATH] = direct_path(spec, observed)
+    return drafts
+
+
+def _ready(
+    spec: ModelDeploymentSpec,
+    observed: Observed,
+    drafts: dict[ConditionType, Draft],
+    workload: Workload,
+) -> Draft:
+    """Summarise: everything is as specified, or the first thing that is not."""
+    missing = next((drafts[kind] for kind in _SUMMARISED if not drafts[kind].holds), None)
+    if missing is not None:
+        return Draft(FALSE, missing.reason, missing.message, missing.problem)
+    if workload.is_current and is_rolled_out(observed.deployment, spec.replicas):
+        done = holds("Serving", f"{spec.replicas} of {spec.replicas} replicas answer requests")
+        return done if spec.replicas else SCALED_TO_ZERO
+    failure = next(iter(failures(observed)), None)
+    if failure is not None:
+        return of_failure(failure)
+    ready = integer(observed.deployment, "status", "readyReplicas")
+    return waiting("RollingOut", f"{ready} of {spec.replicas} replicas answer requests")
+
+
+def _status(
+    resource: Object,
+    spec: ModelDeploymentSpec,
+    claim: str | None,
+    observed: Observed,
+    checkpoint: Checkpoint,
+) -> dict[str, Any]:
+    total = {} if checkpoint.total_bytes is None else {"totalBytes": checkpoint.total_bytes}
+    labels = selector(resource)
+    return {
+        "replicas": integer(observed.deployment, "status", "replicas"),
+        "readyReplicas": integer(observed.deployment, "status", "readyReplicas"),
+        "selector": ",".join(f"{key}={labels[key]}" for key in sorted(labels)),
+        "checkpoint": {
+            "key": checkpoint_key(spec),
+            "path": checkpoint_path(spec),
+            "job": job_name(name_of(resource), spec),
+            **total,
+        },
+        **({} if claim is None else {"volume": {"claimName": claim}}),
+    }
+
+
+def _document(
+    resource: Object, status: dict[str, Any], drafts: dict[ConditionType, Draft], now: datetime
+) -> dict[str, Any]:
+    generation = integer(resource, "metadata", "generation")
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {
+            "name": name_of(resource),
+            "namespace": text(resource, "metadata", "namespace"),
+        },
+        "status": {
+            "observedGeneration": generation,
+            **status,
+            "conditions": merge(resource, drafts, generation, now),
+        },
+    }
+
+
+def _requeue_seconds(drafts: dict[ConditionType, Draft], observed: Observed) -> float | None:
+    if any(rejection.reason == NAME_CONFLICT for rejection in observed.rejections):
+        return _RECHECK_SECONDS
+    reasons = {draft.reason for draft in drafts.values()}
+    return None if reasons.isdisjoint(_UNWATCHED) else _RECHECK_SECONDS

@@ -1,0 +1,166 @@
+"""The conditions of the serving pods: WeightsResident, Available, DirectPath."""
+
+from headrace_operator.api.spec import ModelDeploymentSpec
+from headrace_operator.plan.conditions import (
+    UNKNOWN,
+    Draft,
+    holds,
+    of_failure,
+    of_rejection,
+    problem,
+    waiting,
+)
+from headrace_operator.plan.failures import Failure, failures_of
+from headrace_operator.plan.names import COMPONENT_LABEL, KEY_ANNOTATION, SERVE, checkpoint_key
+from headrace_operator.plan.objects import (
+    Object,
+    condition_of,
+    integer,
+    is_deleting,
+    items,
+    mapping,
+    text,
+    uid_of,
+)
+from headrace_operator.plan.serving_pod import ENGINE, GPU_RESOURCE, LOADER
+from headrace_operator.plan.world import Observed
+
+_WORKLOAD_KINDS = ("ResourceClaimTemplate", "Deployment")
+SCALED_TO_ZERO = holds("ScaledToZero", "spec.replicas is 0")
+
+
+def serving_pods(observed: Observed) -> list[Object]:
+    """Return the serving pods that are not on their way out."""
+    return [
+        pod
+        for pod in observed.pods
+        if text(pod, "metadata", "labels", COMPONENT_LABEL) == SERVE and not is_deleting(pod)
+    ]
+
+
+def failures(observed: Observed) -> list[Failure]:
+    """Return the failures of all serving pods, the most telling first."""
+    return sorted(
+        failure
+        for pod in serving_pods(observed)
+        for failure in failures_of(pod, mapping(observed.warnings, uid_of(pod)))
+    )
+
+
+def refusal(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
+    """Return why no pod of the spec can share its GPUs in this cluster, if that is known."""
+    if spec.gpu.sharing == "ResourceClaim" and observed.dra_served is False:
+        return problem(
+            "DraUnavailable",
+            'spec.gpu.sharing: "ResourceClaim": the cluster does not serve resource.k8s.io/v1; '
+            "use Kubernetes 1.34 or later with a DRA driver for GPUs, or WholeNode",
+        )
+    gpus = spec.parallelism.tensor_parallel_size
+    sizes = observed.gpus_of_nodes
+    if spec.gpu.sharing == "WholeNode" and sizes and gpus not in sizes:
+        return problem(
+            "PartialNodeWithoutDRA",
+            f"spec.parallelism.tensorParallelSize: {gpus}: with spec.gpu.sharing WholeNode a pod "
+            f"must take all {GPU_RESOURCE} of its node, and the cluster's nodes have "
+            f"{', '.join(map(str, sorted(sizes)))}; use that size, or ResourceClaim",
+        )
+    return None
+
+
+def weights_resident(
+    spec: ModelDeploymentSpec, observed: Observed, *, checkpoint_is_ready: bool
+) -> Draft:
+    """Return the condition WeightsResident: every replica's loader holds verified weights."""
+    stopped = _stopped(spec, observed)
+    if stopped is not None:
+        return stopped
+    if observed.deployment is None and not checkpoint_is_ready:
+        return waiting("WaitingForCheckpoint", "the checkpoint is not ready")
+    if observed.deployment is not None and spec.replicas == 0:
+        return SCALED_TO_ZERO
+    pods = _pods_of_checkpoint(spec, observed)
+    resident = sum(_is_ready(pod, "initContainerStatuses", LOADER) for pod in pods)
+    counts = f"{resident} of {spec.replicas} replicas hold the weights"
+    if resident >= spec.replicas and observed.deployment is not None:
+        return holds("Resident", counts)
+    failure = next((f for f in failures(observed) if f.container != ENGINE), None)
+    if failure is not None:
+        return of_failure(failure)
+    if not checkpoint_is_ready:
+        return waiting("WaitingForCheckpoint", "the checkpoint is not ready")
+    return _on_the_way(pods, observed, counts)
+
+
+def available(spec: ModelDeploymentSpec, observed: Observed, *, resident: bool) -> Draft:
+    """Return the condition Available: the Service has an engine that answers."""
+    rejection = observed.rejection("Service")
+    if rejection is not None:
+        return of_rejection(rejection)
+    if observed.deployment is not None and spec.replicas == 0:
+        return SCALED_TO_ZERO
+    ready = integer(observed.deployment, "status", "readyReplicas")
+    if ready > 0:
+        return holds("Serving", f"{ready} of {spec.replicas} replicas answer requests")
+    failure = next((f for f in failures(observed) if f.container == ENGINE), None)
+    if failure is not None:
+        return of_failure(failure)
+    if not resident:
+        return waiting("WaitingForWeights", "no replica holds the weights yet")
+    return waiting("EngineStarting", "the engine is starting")
+
+
+def direct_path(spec: ModelDeploymentSpec, observed: Observed) -> Draft:
+    """Return the condition DirectPath: weights come by GPUDirect Storage."""
+    if spec.gpu.sharing == "None" or spec.loading.path == "Off":
+        return Draft("False", "Off", "the direct path is off (spec.loading.path, spec.gpu.sharing)")
+    unavailable = "DirectPathUnavailable"
+    failure = next((f for f in failures(observed) if f.reason == unavailable), None)
+    if failure is not None:
+        return of_failure(failure)
+    return Draft(
+        UNKNOWN,
+        "NotReported",
+        "the loader tells the path in use at /v1/status and /metrics of its port",
+    )
+
+
+def _stopped(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
+    refused = refusal(spec, observed)
+    if refused is not None:
+        return refused
+    rejection = observed.rejection(*_WORKLOAD_KINDS)
+    return None if rejection is None else of_rejection(rejection)
+
+
+def _on_the_way(pods: list[Object], observed: Observed, counts: str) -> Draft:
+    failed_create = condition_of(observed.deployment, "ReplicaFailure")
+    if text(failed_create, "status") == "True" and not pods:
+        return problem("PodsRejected", text(failed_create, "message") or "pods were refused")
+    if any(_is_running(pod, LOADER) for pod in pods):
+        return waiting("Loading", counts)
+    return waiting("PodsStarting", counts)
+
+
+def _pods_of_checkpoint(spec: ModelDeploymentSpec, observed: Observed) -> list[Object]:
+    key = checkpoint_key(spec)
+    return [
+        pod
+        for pod in serving_pods(observed)
+        if text(pod, "metadata", "annotations", KEY_ANNOTATION) == key
+    ]
+
+
+def _is_ready(pod: Object, statuses: str, container: str) -> bool:
+    return any(
+        status.get("ready") is True
+        for status in items(pod, "status", statuses)
+        if text(status, "name") == container
+    )
+
+
+def _is_running(pod: Object, container: str) -> bool:
+    return any(
+        bool(mapping(status, "state", "running"))
+        for status in items(pod, "status", "initContainerStatuses")
+        if text(status, "name") == container
+    )

@@ -1,0 +1,120 @@
+"""What goes into a plan and what comes out: plain immutable data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace_operator.plan.objects import Object
+
+NAME_CONFLICT = "NameConflict"
+"""Reason of a rejection: an object that someone else controls has the child's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of the operator that reach into the objects it makes."""
+
+    loader_image: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why the API server, or ownership, kept a child from being applied."""
+
+    kind: str
+    name: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The children of one ModelDeployment and what else its plan depends on.
+
+    `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
+    are controlled by the ModelDeployment. `warnings` holds the latest warning event by the
+    UID of a stuck pod or Job. None means unknown, or not there.
+    """
+
+    claim: Object | None = None
+    source_claim: Object | None = None
+    volume: Object | None = None
+    jobs: tuple[Object, ...] = ()
+    deployment: Object | None = None
+    service: Object | None = None
+    claims: tuple[Object, ...] = ()
+    claim_templates: tuple[Object, ...] = ()
+    pods: tuple[Object, ...] = ()
+    gpus_of_nodes: frozenset[int] | None = None
+    dra_served: bool | None = None
+    warnings: Mapping[str, Object] = field(default_factory=dict)
+    rejections: tuple[Rejection, ...] = ()
+
+    def rejection(self, *kinds: str) -> Rejection | None:
+        """Return the first rejection of a child of the given kinds."""
+        return next((r for r in self.rejections if r.kind in kinds), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What has to be looked up by name before planning."""
+
+    claim: str | None = None
+    source_claim: str | None = None
+    volume: str | None = None
+    gpus_of_nodes: bool = False
+    dra_served: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """An object to apply. `once` objects are created and never changed (Job templates are
+    immutable)."""
+
+    body: Object
+    once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """An object to delete, if it still has that UID."""
+
+    kind: str
+    name: str
+    namespace: str | None
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A Deployment of which only the number of replicas may change."""
+
+    name: str
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A change of a condition, to be reported as an event.
+
+    `key` is the same whenever the same change is planned again, so that the event has the
+    same name.
+    """
+
+    key: str
+    condition: str
+    reason: str
+    message: str
+    warning: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do: apply, scale and delete children, write the status, report events."""
+
+    apply: tuple[Desired, ...] = ()
+    delete: tuple[Deletion, ...] = ()
+    scale: Scale | None = None
+    status: Mapping[str, Any] | None = None
+    transitions: tuple[Transition, ...] = ()
+    requeue_seconds: float | None = None
