@@ -20,12 +20,13 @@ Computer Journal 57 (2014), section 2 (MULTILINEAR); G. Steele, D. Lea and C. Fl
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -68,6 +69,18 @@ def chunk_digests(data: Buffer, chunk_bytes: int) -> Iterator[str]:
     view = _octets(data)
     for start in range(0, len(view), chunk_bytes):
         yield chunk_digest(view[start : start + chunk_bytes], chunk_bytes)
+
+
+def digester(algorithm: str, chunk_bytes: int) -> Callable[[Buffer], str]:
+    """Return the function that gives a chunk's hex digest, by the manifest's algorithm name.
+
+    Raises KeyError for a name that the manifest would not accept either.
+    """
+    functions: dict[str, Callable[[Buffer], str]] = {
+        "sha256": lambda chunk: hashlib.sha256(_octets(chunk).data).hexdigest(),
+        ALGORITHM: lambda chunk: chunk_digest(chunk, chunk_bytes),
+    }
+    return functions[algorithm]
 
 
 class ChunkHasher:

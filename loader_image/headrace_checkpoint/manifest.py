@@ -6,7 +6,7 @@ numpy. docs/checkpoint-format.md specifies the format for other writers and read
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,12 @@ TENSOR_ALIGNMENT = 256
 CHUNK_BYTES = 4 * 1024 * 1024
 """Bytes of data section that one digest covers, as written; readers take the manifest's."""
 
+DIGEST_HEX_DIGITS = {"sha256": 64, "multilinear64": 16}
+"""Algorithms that chunk digests may have, with the length of their digests."""
+
+_MAX_CHUNK_BYTES = 1024**3
 _MAX_MANIFEST_BYTES = 256 * 1024 * 1024
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEX = re.compile(r"[0-9a-f]+")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
@@ -53,8 +57,9 @@ class TensorEntry:
 class Part:
     """One safetensors file of one rank.
 
-    `file_bytes == data_offset + data_bytes`; `chunk_digests` are hex SHA-256 over
-    consecutive pieces of `Manifest.chunk_bytes` of the data section, the last one short.
+    `file_bytes == data_offset + data_bytes`; `chunk_digests` are hex digests by
+    `Manifest.digest_algorithm` over consecutive pieces of `Manifest.chunk_bytes` of the
+    data section, the last one short.
     """
 
     rank: int
@@ -118,6 +123,7 @@ class Manifest:
     chunk_bytes: int
     parts: tuple[Part, ...]
     files: tuple[CopiedFile, ...]
+    digest_algorithm: str = "sha256"
 
     @property
     def total_bytes(self) -> int:
@@ -141,7 +147,7 @@ class Manifest:
                 "pipeline": self.parallelism.pipeline,
                 "expert": self.parallelism.expert,
             },
-            "digestAlgorithm": "sha256",
+            "digestAlgorithm": self.digest_algorithm,
             "chunkBytes": self.chunk_bytes,
             "totalBytes": self.total_bytes,
             "parts": [part.to_object() for part in self.parts],
@@ -155,17 +161,25 @@ class Manifest:
         root = _Node.parse(content)
         root.field("format").equals(FORMAT)
         root.field("formatVersion").equals(FORMAT_VERSION)
-        root.field("digestAlgorithm").equals("sha256")
+        algorithm = root.field("digestAlgorithm").choice(DIGEST_HEX_DIGITS)
         parallelism = _parallelism(root.field("parallelism"))
         chunk_bytes = root.field("chunkBytes").integer(minimum=DATA_ALIGNMENT)
+        if chunk_bytes % DATA_ALIGNMENT or chunk_bytes > _MAX_CHUNK_BYTES:
+            raise root.field("chunkBytes").fail(
+                f"must be a multiple of {DATA_ALIGNMENT}, at most {_MAX_CHUNK_BYTES}"
+            )
         manifest = cls(
             layout=root.field("layout").text(),
             identity=root.field("identity").mapping(),
             architecture=root.field("architecture").text(),
             parallelism=parallelism,
             chunk_bytes=chunk_bytes,
-            parts=tuple(_part(node, chunk_bytes) for node in root.field("parts").items()),
+            parts=tuple(
+                _part(node, chunk_bytes, DIGEST_HEX_DIGITS[algorithm])
+                for node in root.field("parts").items()
+            ),
             files=tuple(_file(node) for node in root.field("files").items()),
+            digest_algorithm=algorithm,
         )
         root.field("totalBytes").equals(manifest.total_bytes)
         _check_ranks(manifest, root.field("parts"))
@@ -245,10 +259,16 @@ class _Node:
             raise self.fail(f"must be a whole number of at least {minimum}")
         return self.value
 
-    def digest(self) -> str:
+    def choice(self, allowed: Collection[str]) -> str:
         text = self.text()
-        if not _SHA256.fullmatch(text):
-            raise self.fail("must be 64 lower-case hexadecimal digits")
+        if text not in allowed:
+            raise self.fail(f"must be one of {', '.join(allowed)}")
+        return text
+
+    def digest(self, digits: int) -> str:
+        text = self.text()
+        if len(text) != digits or not _HEX.fullmatch(text):
+            raise self.fail(f"must be {digits} lower-case hexadecimal digits")
         return text
 
     def file_name(self) -> str:
@@ -270,7 +290,7 @@ def _parallelism(node: _Node) -> Parallelism:
     )
 
 
-def _part(node: _Node, chunk_bytes: int) -> Part:
+def _part(node: _Node, chunk_bytes: int, digest_digits: int) -> Part:
     part = Part(
         rank=node.field("rank").integer(),
         part=node.field("part").integer(),
@@ -278,7 +298,9 @@ def _part(node: _Node, chunk_bytes: int) -> Part:
         file_bytes=node.field("bytes").integer(),
         data_offset=node.field("dataOffset").integer(minimum=DATA_ALIGNMENT),
         data_bytes=node.field("dataBytes").integer(minimum=1),
-        chunk_digests=tuple(item.digest() for item in node.field("chunkDigests").items()),
+        chunk_digests=tuple(
+            item.digest(digest_digits) for item in node.field("chunkDigests").items()
+        ),
         tensors=tuple(_tensor(item) for item in node.field("tensors").items()),
     )
     if part.data_offset % DATA_ALIGNMENT:
@@ -305,13 +327,11 @@ def _check_back_to_back(part: Part, node: _Node) -> None:
 def _tensor(node: _Node) -> TensorEntry:
     tensor = TensorEntry(
         name=node.field("name").text(),
-        dtype=node.field("dtype").text(),
+        dtype=node.field("dtype").choice(ITEM_BYTES),
         shape=tuple(item.integer() for item in node.field("shape").items()),
         offset=node.field("offset").integer(),
         nbytes=node.field("bytes").integer(),
     )
-    if tensor.dtype not in ITEM_BYTES:
-        raise node.field("dtype").fail(f"must be one of {', '.join(ITEM_BYTES)}")
     node.field("bytes").equals(tensor_bytes(tensor.dtype, tensor.shape))
     return tensor
 
@@ -320,7 +340,7 @@ def _file(node: _Node) -> CopiedFile:
     return CopiedFile(
         file=node.field("file").file_name(),
         nbytes=node.field("bytes").integer(),
-        digest=node.field("digest").digest(),
+        digest=node.field("digest").digest(DIGEST_HEX_DIGITS["sha256"]),
     )
 
 

@@ -1,0 +1,187 @@
+"""The `headrace` command: `shard` makes a checkpoint, `verify` checks one."""
+
+import argparse
+import json
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from headrace_checkpoint.config import DTYPES
+from headrace_checkpoint.errors import (
+    EX_SOFTWARE,
+    EX_USAGE,
+    CheckpointError,
+    Interrupted,
+    ManifestInvalid,
+)
+from headrace_checkpoint.layouts import LAYOUTS
+from headrace_checkpoint.manifest import FORMAT_VERSION
+from headrace_checkpoint.planner import DEFAULT_PART_BYTES
+from headrace_checkpoint.report import log, report_termination
+from headrace_checkpoint.sharder import ShardRequest, shard
+from headrace_checkpoint.verifier import verify
+
+_DIRECTORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_MAX_TENSOR_PARALLEL = 1024
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with EX_USAGE; argparse's own 2 says nothing to a Job's failure policy."""
+        self.print_usage(sys.stderr)
+        self.exit(EX_USAGE, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0, 64, 65, 70 or 75)."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def _shard(options: argparse.Namespace) -> int:
+    request = ShardRequest(
+        source=options.source,
+        output=options.output,
+        tensor_parallel_size=options.tensor_parallel_size,
+        identity=options.identity if options.identity is not None else _identity(options),
+        dtype=options.dtype,
+        layout=options.layout,
+        part_bytes=options.part_bytes,
+    )
+    started = time.monotonic()
+    try:
+        with _interruptible():
+            result = shard(request)
+    except CheckpointError as error:
+        return _failed(error.reason, str(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the last resort still has to report
+        log("defect", "error", trace=traceback.format_exc())
+        return _failed("InternalError", f"{type(error).__name__}: {error}", EX_SOFTWARE)
+    seconds = round(time.monotonic() - started, 3)
+    total = result.manifest.total_bytes
+    log(result.reason, output=str(options.output), totalBytes=total, seconds=seconds)
+    message = f"{options.output}: {total} bytes"
+    report_termination(result.reason, message, totalBytes=total, seconds=seconds)
+    return 0
+
+
+def _failed(reason: str, message: str, exit_code: int) -> int:
+    log("failed", "error", reason=reason, message=message)
+    report_termination(reason, message)
+    return exit_code
+
+
+def _verify(options: argparse.Namespace) -> int:
+    try:
+        with _interruptible():
+            manifest = verify(options.directory)
+    except FileNotFoundError as error:
+        log("failed", "error", reason=ManifestInvalid.__name__, message=str(error))
+        return ManifestInvalid.exit_code
+    except CheckpointError as error:
+        log("failed", "error", reason=error.reason, message=str(error))
+        return error.exit_code
+    log("verified", directory=str(options.directory), totalBytes=manifest.total_bytes)
+    return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the work through the same clean-up as any failure."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        for other in previous:
+            signal.signal(other, signal.SIG_IGN)  # a second one must not cut the clean-up short
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; run it again")
+
+    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _identity(options: argparse.Namespace) -> dict[str, object]:
+    """The identity of a checkpoint made by hand."""
+    return {
+        "source": str(options.source.resolve()),
+        "dtype": options.dtype,
+        "tensor": options.tensor_parallel_size,
+        "pipeline": 1,
+        "expert": 1,
+        "layout": options.layout,
+        "formatVersion": FORMAT_VERSION,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="headrace", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sharding = commands.add_parser("shard", help="make a pre-sharded checkpoint of a model")
+    sharding.set_defaults(command=_shard)
+    sharding.add_argument("--source", type=Path, required=True, help="directory of the model")
+    sharding.add_argument(
+        "--output", type=_output, required=True, help="directory to publish the checkpoint at"
+    )
+    sharding.add_argument("--tensor-parallel-size", type=_parallel_size, default=1)
+    sharding.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    sharding.add_argument("--layout", choices=tuple(LAYOUTS), default="vllm")
+    sharding.add_argument(
+        "--identity", type=_json_object, help="JSON object kept in the manifest (default: made up)"
+    )
+    sharding.add_argument(
+        "--part-bytes",
+        type=_natural,
+        default=DEFAULT_PART_BYTES,
+        help="size at which a rank's data goes on in another file (default: %(default)s)",
+    )
+    verifying = commands.add_parser("verify", help="check every byte of a checkpoint")
+    verifying.set_defaults(command=_verify)
+    verifying.add_argument("directory", type=Path)
+    return parser
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _parallel_size(text: str) -> int:
+    value = _natural(text)
+    if value > _MAX_TENSOR_PARALLEL:
+        raise argparse.ArgumentTypeError(f"{text}: must be at most {_MAX_TENSOR_PARALLEL}")
+    return value
+
+
+def _output(text: str) -> Path:
+    path = Path(text).absolute()
+    if not _DIRECTORY_NAME.fullmatch(path.name):
+        raise argparse.ArgumentTypeError(
+            f"{text}: the last component must be letters, digits, '.', '_' or '-', at most 200"
+        )
+    return path
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What the process tells the outside: JSON log lines and the termination message."""
+
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+_TERMINATION_LOG = "/dev/termination-log"
+_MAX_TERMINATION_BYTES = 3072
+
+
+def log(event: str, level: str = "info", /, **fields: object) -> None:
+    """Print one JSON line: level, time, event and the fields."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {"level": level, "time": time, "event": event, **fields}
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def report_termination(reason: str, message: str, **fields: object) -> None:
+    """Write the message that the kubelet puts into the container's status.
+
+    The file is named by HEADRACE_TERMINATION_LOG; nothing happens where it cannot be
+    written, as outside a container. Long messages are cut to fit the kubelet's limit.
+    """
+    path = Path(os.environ.get("HEADRACE_TERMINATION_LOG", _TERMINATION_LOG))
+    if not path.parent.is_dir() or (str(path) == _TERMINATION_LOG and not path.exists()):
+        return
+    content = json.dumps({"reason": reason, "message": message, **fields})
+    if len(content) > _MAX_TERMINATION_BYTES:
+        keep = _MAX_TERMINATION_BYTES - (len(content) - len(json.dumps(message))) - 16
+        message = _cut(message, keep)
+        content = json.dumps({"reason": reason, "message": message, **fields})
+    try:
+        path.write_text(content)
+    except OSError as error:
+        log("termination-log-failed", "warning", path=str(path), error=str(error))
+
+
+def _cut(message: str, json_bytes: int) -> str:
+    """Shorten until the JSON form fits; escapes make characters of different length."""
+    while len(json.dumps(message)) > json_bytes:
+        message = message[: len(message) * 3 // 4]
+    return message + "..."

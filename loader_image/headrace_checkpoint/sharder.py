@@ -1,0 +1,246 @@
+"""Makes a checkpoint from a source model: plan, write, digest, publish."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from headrace_checkpoint.convert import STORAGE, Array, convert
+from headrace_checkpoint.dtypes import ITEM_BYTES
+from headrace_checkpoint.errors import CheckpointConflict, ConfigInvalid
+from headrace_checkpoint.layouts import LAYOUTS
+from headrace_checkpoint.manifest import (
+    CHUNK_BYTES,
+    FILE_NAME,
+    CopiedFile,
+    Manifest,
+    Parallelism,
+    Part,
+)
+from headrace_checkpoint.planner import (
+    DEFAULT_PART_BYTES,
+    Fill,
+    PartPlan,
+    Plan,
+    Slice,
+    TargetTensor,
+    plan,
+    resolve_dtype,
+)
+from headrace_checkpoint.publish import Workspace, collect_leftovers, find_published
+from headrace_checkpoint.report import log
+from headrace_checkpoint.source import Source, read_small_file
+from headrace_checkpoint.storage import check_free_space, write_file
+from headrace_checkpoint.writer import PartWriter
+
+BLOCK_BYTES = 8 * 1024 * 1024
+"""Source bytes read at a time; with the writers' chunks this bounds memory."""
+DIGEST_ALGORITHM = "sha256"
+
+_PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRequest:
+    """What to make; `identity` is stored in the manifest and tells checkpoints apart.
+
+    `dtype` is auto, bfloat16, float16 or float32.
+    """
+
+    source: Path
+    output: Path
+    tensor_parallel_size: int
+    identity: Mapping[str, object]
+    dtype: str = "auto"
+    layout: str = "vllm"
+    part_bytes: int = DEFAULT_PART_BYTES
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """How it ended: `reason` is Published or AlreadyPublished."""
+
+    reason: str
+    manifest: Manifest
+
+
+def shard(request: ShardRequest) -> ShardResult:
+    """Write and publish the checkpoint, unless it is there already.
+
+    Raises the errors of headrace_checkpoint.errors; whatever is raised, nothing but a
+    whole checkpoint is ever visible at `request.output`.
+    """
+    collect_leftovers(request.output)
+    manifest = find_published(request.output, request.identity)
+    if manifest is not None:
+        return ShardResult("AlreadyPublished", manifest)
+    with Source(request.source) as source:
+        checkpoint_plan = _plan(request, source)
+        with Workspace(request.output) as workspace:
+            check_free_space(workspace.path, checkpoint_plan.total_bytes)
+            manifest = _write(request, source, checkpoint_plan, workspace.path)
+            source.check_unchanged()
+            published = workspace.publish()
+    if published:
+        return ShardResult("Published", manifest)
+    manifest = find_published(request.output, request.identity)
+    if manifest is None:
+        raise CheckpointConflict(f"{request.output}: appeared and vanished while it was published")
+    return ShardResult("AlreadyPublished", manifest)
+
+
+def _plan(request: ShardRequest, source: Source) -> Plan:
+    architecture = source.config.architecture(LAYOUTS[request.layout])
+    source.open_weights()
+    dtype = resolve_dtype(request.dtype, source.config, source.tensors)
+    checkpoint_plan = plan(
+        architecture,
+        source.config,
+        source.tensors,
+        tensor_parallel_size=request.tensor_parallel_size,
+        dtype=dtype,
+        part_bytes=request.part_bytes,
+    )
+    for copy, original in checkpoint_plan.equal:
+        _check_equal(source, copy, original)
+    log(
+        "planned",
+        architecture=architecture.name,
+        dtype=dtype,
+        tensorParallelSize=request.tensor_parallel_size,
+        totalBytes=checkpoint_plan.total_bytes,
+        parts=len(checkpoint_plan.parts),
+        ignoredTensors=list(checkpoint_plan.ignored),
+    )
+    return checkpoint_plan
+
+
+def _check_equal(source: Source, copy: str, original: str) -> None:
+    """Raise ConfigInvalid where a tensor stored twice differs from its original."""
+    first, second = source.tensors[copy], source.tensors[original]
+    same = (first.dtype, first.shape) == (second.dtype, second.shape)
+    if same:
+        whole = (0, first.shape[0]), (0, int(np.prod(first.shape[1:], dtype=np.int64)))
+        item = ITEM_BYTES[first.dtype]
+        pairs = zip(
+            _read(source, Slice(copy, *whole), item),
+            _read(source, Slice(original, *whole), item),
+            strict=True,
+        )
+        same = all(a.tobytes() == b.tobytes() for a, b in pairs)
+    if not same:
+        raise ConfigInvalid(
+            f"config.json: tie_word_embeddings: true, but {copy!r} differs from {original!r}; "
+            "set it to false, or remove the tensor"
+        )
+
+
+def _write(request: ShardRequest, source: Source, checkpoint_plan: Plan, path: Path) -> Manifest:
+    files = tuple(_copy(file, path) for file in source.files_to_copy())
+    parts: list[Part] = []
+    progress = _Progress(checkpoint_plan.total_bytes)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
+        for number, part_plan in enumerate(checkpoint_plan.parts):
+            parts += _write_part(source, part_plan, number, path, executor, progress)
+            log("part-written", part=number, **progress.fields())
+    manifest = Manifest(
+        layout=request.layout,
+        identity=dict(request.identity),
+        architecture=checkpoint_plan.architecture,
+        parallelism=Parallelism(tensor=request.tensor_parallel_size),
+        chunk_bytes=CHUNK_BYTES,
+        parts=tuple(sorted(parts, key=lambda part: (part.rank, part.part))),
+        files=files,
+        digest_algorithm=DIGEST_ALGORITHM,
+    )
+    write_file(path / FILE_NAME, manifest.to_json())
+    return manifest
+
+
+def _copy(file: Path, directory: Path) -> CopiedFile:
+    content = read_small_file(file)
+    write_file(directory / file.name, content)
+    return CopiedFile(file.name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _write_part(
+    source: Source,
+    part_plan: PartPlan,
+    number: int,
+    directory: Path,
+    executor: Executor,
+    progress: "_Progress",
+) -> list[Part]:
+    """Write one part of all ranks side by side, so that each source block is read once."""
+    ranks = range(len(part_plan.tensors[0].by_rank))
+    with ExitStack() as stack:
+        writers = []
+        for rank in ranks:
+            path = directory / f"model-rank-{rank}-part-{number}.safetensors"
+            writer = PartWriter(path, rank, number, part_plan, DIGEST_ALGORITHM, executor)
+            stack.callback(writer.close)
+            writers.append(writer)
+        for tensor in part_plan.tensors:
+            for blocks in zip_longest(*(_blocks(source, tensor, rank) for rank in ranks)):
+                for writer, block in zip(writers, blocks, strict=True):
+                    if block is not None:
+                        writer.append(block)
+                        progress.add(block.nbytes)
+        return [writer.finish() for writer in writers]
+
+
+def _blocks(source: Source, tensor: TargetTensor, rank: int) -> Iterator[Array]:
+    """Yield a rank's tensor in memory order, in the target's element type."""
+    for segment in tensor.by_rank[rank]:
+        if isinstance(segment, Fill):
+            yield from _filled(segment, tensor.dtype)
+            continue
+        dtype = source.tensors[segment.source].dtype
+        for block in _read(source, segment, ITEM_BYTES[dtype]):
+            yield convert(block, dtype, tensor.dtype)
+
+
+def _read(source: Source, segment: Slice, item_bytes: int) -> Iterator[Array]:
+    columns = int(np.prod(source.tensors[segment.source].shape[1:], dtype=np.int64))
+    step = max(1, BLOCK_BYTES // (columns * item_bytes))
+    for begin in range(*segment.rows, step):
+        yield source.read(segment, (begin, min(begin + step, segment.rows[1])))
+
+
+def _filled(segment: Fill, dtype: str) -> Iterator[Array]:
+    step = BLOCK_BYTES // ITEM_BYTES[dtype]
+    for begin in range(0, segment.elements, step):
+        count = min(step, segment.elements - begin)
+        value = np.full(count, segment.value, STORAGE["F32"])
+        yield convert(value, "F32", dtype)
+
+
+class _Progress:
+    """Counts written bytes and logs them at intervals."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._started = self._logged = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._logged > _PROGRESS_SECONDS:
+            self._logged = time.monotonic()
+            log("progress", **self.fields())
+
+    def fields(self) -> dict[str, object]:
+        seconds = time.monotonic() - self._started
+        return {
+            "bytes": self._done,
+            "totalBytes": self._total,
+            "seconds": round(seconds, 3),
+            "mibPerSecond": round(self._done / max(seconds, 1e-6) / 2**20, 1),
+        }

@@ -1,0 +1,159 @@
+"""The source model: a directory with config.json and safetensors files."""
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from headrace_checkpoint.config import ModelConfig
+from headrace_checkpoint.convert import STORAGE, Array
+from headrace_checkpoint.errors import (
+    ConfigInvalid,
+    SourceCorrupt,
+    SourceNotFound,
+    TensorMissing,
+)
+from headrace_checkpoint.planner import Slice, SourceTensor
+from headrace_checkpoint.safetensors_format import read_header
+from headrace_checkpoint.storage import SourceFile, reading
+
+INDEX = "model.safetensors.index.json"
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens*",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+_MAX_SMALL_FILE = 256 * 1024 * 1024
+
+
+class Source:
+    """An opened source model; holds a descriptor per weight file until closed.
+
+    `tensors` is the union of all files' headers, by name.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with reading(directory):
+            self._names = sorted(path.name for path in directory.iterdir())
+        if "config.json" not in self._names:
+            raise ConfigInvalid(
+                f"{directory}/config.json: missing; the source must be a model directory"
+            )
+        self.config = ModelConfig.from_json(read_small_file(directory / "config.json"))
+        self.tensors: dict[str, SourceTensor] = {}
+        self._files: dict[str, SourceFile] = {}
+        self._block: tuple[tuple[str, int, int], Array] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def open_weights(self) -> None:
+        """Open all weight files and check their headers, and the index where there is one."""
+        index = self._index()
+        names = sorted(set(index.values())) if index else self._weight_files()
+        for name in names:
+            self._open(name)
+        for tensor, name in index.items():
+            found = self.tensors.get(tensor)
+            if found is None or found.file != name:
+                raise TensorMissing(
+                    f"{INDEX}: tensor {tensor!r}: not in {name}, where the index places it; "
+                    "copy both again"
+                )
+
+    def read(self, segment: Slice, rows: tuple[int, int]) -> Array:
+        """Return `rows` of the segment's columns as a matrix of the tensor's storage type.
+
+        The last block of rows read is kept: ranks that share rows ask in turn.
+        """
+        begin, end = rows
+        tensor = self.tensors[segment.source]
+        key = (segment.source, begin, end)
+        if self._block is None or self._block[0] != key:
+            columns = int(np.prod(tensor.shape[1:], dtype=np.int64))
+            block = np.empty((end - begin, columns), STORAGE[tensor.dtype])
+            offset = tensor.offset + begin * columns * block.itemsize
+            self._files[tensor.file].read_into(offset, block.data.cast("B"))
+            self._block = (key, block)
+        return self._block[1][:, segment.columns[0] : segment.columns[1]]
+
+    def check_unchanged(self) -> None:
+        """Raise StorageError where a weight file was written since it was opened."""
+        for file in self._files.values():
+            file.check_unchanged()
+
+    def files_to_copy(self) -> list[Path]:
+        """Configuration and tokenizer files, which engines want beside the weights."""
+        found = [n for n in self._names if any(fnmatchcase(n, pattern) for pattern in _COPIED)]
+        return [path for path in map(self.directory.joinpath, found) if not path.is_dir()]
+
+    def _index(self) -> dict[str, str]:
+        """Tensor names to file names; empty where the model has no index."""
+        path = self.directory / INDEX
+        if INDEX not in self._names:
+            return {}
+        try:
+            document = json.loads(read_small_file(path).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise SourceCorrupt(f"{path}: no JSON document: {error}") from None
+        index = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(index, dict) or not index:
+            raise SourceCorrupt(f"{path}: weight_map: must map tensor names to file names")
+        for tensor, name in index.items():
+            if not isinstance(name, str) or "/" in name or not name.isprintable():
+                raise SourceCorrupt(
+                    f"{path}: weight_map: {tensor!r}: {name!r}: must be the plain name of a file "
+                    "beside the index"
+                )
+        return index
+
+    def _weight_files(self) -> list[str]:
+        names = [name for name in self._names if fnmatchcase(name, "*.safetensors")]
+        if not names:
+            raise SourceNotFound(
+                f"{self.directory}: no *.safetensors files; convert the model to safetensors"
+            )
+        return names
+
+    def _open(self, name: str) -> None:
+        file = self._files[name] = SourceFile(self.directory / name)
+        try:
+            header = read_header(file.read_at, file.size)
+        except SourceCorrupt as error:
+            raise SourceCorrupt(f"{file.path}: {error}") from None
+        for entry in header.tensors:
+            other = self.tensors.get(entry.name)
+            if other is not None:
+                raise SourceCorrupt(
+                    f"{file.path}: tensor {entry.name!r}: also in {other.file}; remove one of them"
+                )
+            offset = header.data_offset + entry.offset
+            self.tensors[entry.name] = SourceTensor(
+                entry.name, entry.dtype, entry.shape, name, offset
+            )
+
+
+def read_small_file(path: Path) -> bytes:
+    """Read a whole configuration file; raises SourceNotFound, SourceCorrupt, StorageError."""
+    with SourceFile(path) as file:
+        if file.size > _MAX_SMALL_FILE:
+            raise SourceCorrupt(f"{path}: {file.size} bytes: at most {_MAX_SMALL_FILE} expected")
+        return file.read_at(0, file.size)
