@@ -1,0 +1,32 @@
+# Every target is a command of tools/workspace, which needs Python >= 3.11 and nothing else.
+PYTHON ?= python3
+ARGS ?=
+WORKSPACE := PYTHONPATH=tools $(PYTHON) -m workspace
+
+.PHONY: help
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+.PHONY: demo test lint
+demo: ## one manifest in, one answer out, on a real cluster that is torn down afterwards
+	@$(WORKSPACE) demo $(ARGS)
+test: ## set everything up and run the whole suite; ARGS go to pytest
+	@$(WORKSPACE) test $(ARGS)
+lint: ## formatting, lint, types, dependency directions, generated files, chart
+	@$(WORKSPACE) lint
+
+.PHONY: venv images crds lock
+venv: ## make .venv from the lock file
+	@$(WORKSPACE) venv
+images: ## build the container images into the cache
+	@$(WORKSPACE) images $(ARGS)
+crds: ## generate the CRD from the pydantic models
+	@$(WORKSPACE) crds
+lock: ## compile requirements/*.txt again; ARGS="--upgrade" takes newer versions
+	@$(WORKSPACE) lock $(ARGS)
+
+.PHONY: cluster-up cluster-down
+cluster-up: ## bring a cluster with a real node up and print its environment
+	@$(WORKSPACE) cluster-up
+cluster-down: ## tear it down
+	@$(WORKSPACE) cluster-down

@@ -1,0 +1,135 @@
+"""What each command does; everything but the environment itself runs in .venv."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from . import lock, venv
+from .errors import ToolError
+from .paths import PYTHON, ROOT
+from .process import run
+from .steps import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+CLUSTER = ROOT / ".cache" / "cluster"
+CRD = "headrace_operator.api.crd"
+PACKAGES = (
+    "operator/headrace_operator",
+    "loader_image/headrace_checkpoint",
+    "loader_image/headrace_handover",
+    "loader_image/headrace_loader",
+    "loader_image/headrace_engine",
+    "tools/kube/localkube",
+    "tools/workspace",
+    "tools/imagebuild",
+    "tools/demo",
+)
+CHECK_SECONDS = 600.0
+BUILD_SECONDS = 1800.0
+SUITE_SECONDS = 3000.0
+
+
+def _venv(_: Sequence[str] = ()) -> int:
+    if venv.ensure():
+        print("environment: .venv is ready")
+    return 0
+
+
+def _module(name: str) -> Callable[[Sequence[str]], int]:
+    """Return a command that becomes `python -m name` in .venv."""
+
+    def command(arguments: Sequence[str]) -> int:
+        _venv()
+        return _call(["-m", name, *arguments])
+
+    return command
+
+
+def _call(arguments: Sequence[str | Path], timeout: float | None = None) -> int:
+    """Run .venv's Python on the terminal; a Ctrl-C reaches it too and is waited for."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    process = subprocess.Popen([PYTHON, *arguments], cwd=ROOT, env=environment)
+    while True:
+        try:
+            return process.wait(timeout)
+        except KeyboardInterrupt:
+            continue
+        except subprocess.TimeoutExpired as error:
+            process.terminate()
+            process.wait(60)
+            raise ToolError(f"no end after {timeout:g} s: {arguments}") from error
+
+
+def _cluster(verb: str, *options: str) -> Callable[[Sequence[str]], int]:
+    def command(_: Sequence[str]) -> int:
+        _venv()
+        return _call(["-m", "localkube", verb, "--dir", CLUSTER, *options])
+
+    return command
+
+
+def _test(arguments: Sequence[str]) -> int:
+    steps = Steps(total=4)
+    with steps.step("environment from requirements/dev.txt"):
+        _venv()
+    with steps.step("Kubernetes binaries from pinned Go modules (minutes when first built)"):
+        _setup("localkube", "build", "--all")
+    with steps.step("container images (minutes when first built)"):
+        _setup("imagebuild")
+    with steps.step("test suite: quick ones first, then clusters, engine, node"):
+        return _call(["-m", "pytest", "--durations=15", *arguments], SUITE_SECONDS)
+
+
+def _setup(*module: str) -> None:
+    if status := _call(["-m", *module], BUILD_SECONDS):
+        raise ToolError(f"{' '.join(module)}: failed with status {status}; the reason is above")
+
+
+def _lint(_: Sequence[str]) -> int:
+    _venv()
+    tools = PYTHON.parent
+    binaries = run([PYTHON, "-m", "localkube", "build", "--all"], timeout=BUILD_SECONDS)
+    helm = next(line.split()[1] for line in binaries.splitlines() if line.startswith("helm "))
+    checks: dict[str, Sequence[str | Path]] = {
+        "formatting": [tools / "ruff", "format", "--check", "."],
+        "lint": [tools / "ruff", "check", "."],
+        "types": [tools / "mypy", *PACKAGES],
+        "dependency directions": [tools / "lint-imports"],
+        "generated CRD": [PYTHON, "-m", CRD, "--check"],
+        "chart": [helm, "lint", "--strict", "charts/headrace"],
+    }
+    steps, failed = Steps(total=len(checks)), []
+    for name, argv in checks.items():
+        with steps.step(name):
+            try:
+                run(argv, timeout=CHECK_SECONDS, cwd=ROOT)
+            except ToolError as error:
+                failed.append(name)
+                steps.say(str(error))
+    print("failed: " + ", ".join(failed) if failed else "all checks passed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _lock(arguments: Sequence[str]) -> int:
+    _venv()
+    lock.compile_all(arguments)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": _module("demo"),
+    "test": _test,
+    "lint": _lint,
+    "venv": _venv,
+    "images": _module("imagebuild"),
+    "crds": _module(CRD),
+    "lock": _lock,
+    "cluster-up": _cluster("up", "--node"),
+    "cluster-down": _cluster("down"),
+}
