@@ -5,12 +5,15 @@ from typing import Any
 from headrace_operator.api.spec import ModelDeploymentSpec, StaticVolume
 from headrace_operator.plan.conditions import Draft, holds, of_rejection, problem, waiting
 from headrace_operator.plan.names import (
+    MANAGED_BY,
+    MANAGED_BY_LABEL,
     NAMESPACE_LABEL,
+    OWNER_LABEL,
     child_name,
     labels,
     metadata,
 )
-from headrace_operator.plan.objects import Object, at, is_deleting, name_of, text
+from headrace_operator.plan.objects import Object, at, is_deleting, mapping, name_of, text
 from headrace_operator.plan.world import Deletion, Desired, Observed
 
 DRIVER = "fsx.csi.aws.com"
@@ -77,6 +80,25 @@ def is_usable(observed: Observed) -> bool:
         and not is_deleting(claim)
         and text(claim, "status", "phase") != "Lost"
         and _is_writable(claim)
+    )
+
+
+def is_orphan(volume: Object, *, is_wanted: bool) -> bool:
+    """Whether a volume of ours serves nobody any more and can go; its data stay.
+
+    Args:
+        is_wanted: whether the ModelDeployment it was made for still asks for it.
+    """
+    labels = mapping(volume, "metadata", "labels")
+    namespace, owner = text(labels, NAMESPACE_LABEL), text(labels, OWNER_LABEL)
+    return (
+        not is_wanted
+        and text(labels, MANAGED_BY_LABEL) == MANAGED_BY
+        and name_of(volume) == f"{namespace}.{owner}-weights"
+        and text(volume, "spec", "csi", "driver") == DRIVER
+        and text(volume, "spec", "persistentVolumeReclaimPolicy") == "Retain"
+        and text(volume, "status", "phase") == "Released"
+        and not is_deleting(volume)
     )
 
 

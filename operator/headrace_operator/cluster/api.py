@@ -1,0 +1,193 @@
+"""Requests to the API server: plain JSON objects in and out, errors mapped at one place.
+
+The typed models of the `kubernetes` package are left aside: server-side apply sends exactly
+the fields it owns, which a typed object cannot say.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import aiohttp
+from kubernetes.aio.client import ApiClient
+
+from headrace_operator import errors
+from headrace_operator.cluster.kinds import Kind, kind_named
+from headrace_operator.metrics import API_REQUESTS
+
+Object: TypeAlias = dict[str, Any]
+
+FIELD_MANAGER = "headrace-operator"
+REQUEST_TIMEOUT_SECONDS = 30.0
+PAGE_SIZE = 500
+_ATTEMPTS = 3
+_FIRST_DELAY_SECONDS = 0.2
+_MAX_RETRY_AFTER_SECONDS = 5.0
+_NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
+
+_APPLY = "application/apply-patch+yaml"
+_MERGE = "application/merge-patch+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Objects of one kind and the resource version they were listed at."""
+
+    objects: list[Object]
+    resource_version: int
+
+
+class Api:
+    """Reads and writes of API objects.
+
+    All methods raise ApiError and nothing else; each request ends within
+    REQUEST_TIMEOUT_SECONDS and is tried at most three times. Only requests that may be
+    repeated are made: creating an object that exists raises Conflict.
+    """
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    async def get(self, kind: Kind, name: str, namespace: str | None = None) -> Object:
+        """Return an object."""
+        return await self._request("GET", kind.path(namespace, name))
+
+    async def list(
+        self,
+        kind: Kind,
+        namespace: str | None = None,
+        *,
+        label_selector: str = "",
+        field_selector: str = "",
+        limit: int | None = None,
+    ) -> Listing:
+        """Return all objects of a kind, or at most `limit` of them."""
+        query = {"limit": str(limit or PAGE_SIZE)}
+        if label_selector:
+            query["labelSelector"] = label_selector
+        if field_selector:
+            query["fieldSelector"] = field_selector
+        objects: list[Object] = []
+        while True:
+            page = await self._request("GET", kind.path(namespace), query)
+            objects += page.get("items") or []
+            metadata = page.get("metadata") or {}
+            query["continue"] = metadata.get("continue") or ""
+            if limit is not None or not query["continue"]:
+                return Listing(objects, int(metadata.get("resourceVersion") or 0))
+
+    async def apply(self, body: Mapping[str, Any], *, subresource: str | None = None) -> Object:
+        """Apply the fields of an object by server-side apply, taking them over by force."""
+        kind = kind_named(body["kind"])
+        metadata = body["metadata"]
+        path = kind.path(metadata.get("namespace"), metadata["name"], subresource)
+        query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict"}
+        return await self._request("PATCH", path, query, dict(body), _APPLY)
+
+    async def scale(self, kind: Kind, name: str, namespace: str, replicas: int) -> None:
+        """Set the replicas of an object through its scale subresource."""
+        path = kind.path(namespace, name, "scale")
+        query = {"fieldManager": FIELD_MANAGER}
+        await self._request("PATCH", path, query, {"spec": {"replicas": replicas}}, _MERGE)
+
+    async def create(self, body: Mapping[str, Any]) -> Object:
+        """Create an object."""
+        kind = kind_named(body["kind"])
+        path = kind.path(body["metadata"].get("namespace"))
+        return await self._request("POST", path, {"fieldManager": FIELD_MANAGER}, dict(body))
+
+    async def delete(self, kind: Kind, name: str, namespace: str | None, uid: str) -> None:
+        """Delete an object if it has that UID; its dependents follow in the background."""
+        options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+        await self._request("DELETE", kind.path(namespace, name), None, options)
+
+    async def serves(self, kind: Kind) -> bool:
+        """Whether the API server knows the kind."""
+        path = kind.path().rpartition("/")[0]
+        try:
+            found = await self._request("GET", path)
+        except errors.KindNotServed:
+            return False
+        return any(r.get("name") == kind.plural for r in found.get("resources") or [])
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        delay = _FIRST_DELAY_SECONDS
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await self._attempt(method, path, query, body, content_type)
+            except errors.Unavailable as error:
+                if attempt == _ATTEMPTS:
+                    raise
+                wait = min(error.retry_after, _MAX_RETRY_AFTER_SECONDS)
+            await asyncio.sleep(max(wait, delay))
+            delay *= 4
+        raise AssertionError("unreachable")
+
+    async def _attempt(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Object | None,
+        content_type: str,
+    ) -> Object:
+        what = f"{method} {path}"
+        try:
+            request = await self._client.param_serialize(
+                method,
+                path,
+                query_params=[(k, v) for k, v in (query or {}).items() if v],
+                header_params={"Accept": "application/json", "Content-Type": content_type},
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            response = await self._client.call_api(
+                *request[:4], _request_timeout=aiohttp.ClientTimeout(REQUEST_TIMEOUT_SECONDS)
+            )
+            content: bytes = await response.read()  # type: ignore[no-untyped-call]
+        except _NETWORK_ERRORS as error:
+            API_REQUESTS.labels(method, "none").inc()
+            raise errors.Unavailable(f"{what}: {type(error).__name__}: {error}") from error
+        API_REQUESTS.labels(method, str(response.status)).inc()
+        if response.status < 300:
+            return json.loads(content)  # type: ignore[no-any-return]  # checked by the API server
+        retry_after = response.headers.get("Retry-After", "")
+        raise _error(what, response.status, content, retry_after)
+
+
+def _error(what: str, status: int, content: bytes, retry_after: str) -> errors.ApiError:
+    """Map an answer of the API server to an error; its message is for users, so it is kept."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    is_status = isinstance(body, dict) and body.get("kind") == "Status"
+    message = body.get("message") if is_status else content[:200].decode(errors="replace")
+    text = str(message or f"status {status}").strip()
+    if status == 404:
+        # An unknown kind is answered by the mux, without a Status object.
+        return errors.NotFound(text) if is_status else errors.KindNotServed(what)
+    if status == 429 or status >= 500:
+        return _transient(text, retry_after)
+    known: dict[int, type[errors.ApiError]] = {
+        401: errors.Forbidden,
+        403: errors.Forbidden,
+        409: errors.Conflict,
+    }
+    return known.get(status, errors.Invalid)(text)
+
+
+def _transient(text: str, retry_after: str) -> errors.ApiError:
+    # Server-side apply reports an unknown field as an internal error, but it is for good.
+    if "field not declared in schema" in text:
+        return errors.Invalid(text)
+    return errors.Unavailable(text, float(retry_after) if retry_after.isdigit() else 0.0)

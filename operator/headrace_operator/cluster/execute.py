@@ -1,0 +1,186 @@
+"""Execution of plans: only what differs is written, and never over what others control."""
+
+import logging
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from headrace_operator.cluster.api import FIELD_MANAGER, Api, Object
+from headrace_operator.cluster.kinds import (
+    DEPLOYMENT,
+    EVENT,
+    MODEL_DEPLOYMENT,
+    VOLUME,
+    WATCHED,
+    Kind,
+    kind_named,
+)
+from headrace_operator.cluster.store import Store, key_of
+from headrace_operator.errors import ApiError, Conflict, Forbidden, Invalid, KindNotServed, NotFound
+from headrace_operator.plan import Deletion, Desired, Plan, Rejection, Scale, Transition
+from headrace_operator.plan.names import NAMESPACE_LABEL, OWNER_LABEL, digest
+from headrace_operator.plan.objects import (
+    controller_uid,
+    format_time,
+    mapping,
+    name_of,
+    text,
+    uid_of,
+)
+from headrace_operator.plan.world import NAME_CONFLICT
+
+_FOR_GOOD = (Invalid, Forbidden, KindNotServed)
+_logger = logging.getLogger(__name__)
+
+
+class Executor:
+    """Carries out the plans of ModelDeployments."""
+
+    def __init__(self, api: Api, store: Store) -> None:
+        self._api = api
+        self._store = store
+        # Digest of what was applied last and the version it led to, by UID: a value that the
+        # API server writes in another way than given differs for ever, but is applied once.
+        self._applied: dict[str, tuple[str, str]] = {}
+
+    async def write_children(self, resource: Object, plan: Plan) -> tuple[Rejection, ...]:
+        """Apply, scale and delete children; return what was refused for good.
+
+        Raises:
+            ApiError: a request failed and should be tried again.
+        """
+        rejections = []
+        for desired in plan.apply:
+            rejection = await self._apply(resource, desired)
+            if rejection is not None:
+                rejections.append(rejection)
+        if plan.scale is not None:
+            await self._scale(resource, plan.scale)
+        for deletion in plan.delete:
+            await self.delete(deletion)
+        return tuple(rejections)
+
+    async def write_status(self, resource: Object, status: Mapping[str, Any]) -> None:
+        """Write the status if it differs. A ModelDeployment that is gone needs none."""
+        if resource.get("status") == status["status"]:
+            return
+        metadata = {**status["metadata"], "uid": uid_of(resource)}
+        body = {**status, "metadata": metadata}
+        try:
+            written = await self._api.apply(body, subresource="status")
+        except (NotFound, Conflict):
+            return
+        self._store.put(MODEL_DEPLOYMENT, written)
+
+    async def report(self, resource: Object, transition: Transition, now: datetime) -> None:
+        """Report a transition as an event; the same transition is reported once."""
+        namespace = text(resource, "metadata", "namespace")
+        event = {
+            "apiVersion": "v1",
+            "kind": EVENT.name,
+            "metadata": {
+                "name": f"{name_of(resource)[:200]}.{transition.key}",
+                "namespace": namespace,
+            },
+            "involvedObject": {
+                "apiVersion": MODEL_DEPLOYMENT.api_version,
+                "kind": MODEL_DEPLOYMENT.name,
+                "namespace": namespace,
+                "name": name_of(resource),
+                "uid": uid_of(resource),
+                "resourceVersion": text(resource, "metadata", "resourceVersion"),
+            },
+            "type": "Warning" if transition.warning else "Normal",
+            "reason": transition.reason,
+            "message": f"{transition.condition}: {transition.message}",
+            "firstTimestamp": format_time(now),
+            "lastTimestamp": format_time(now),
+            "count": 1,
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": FIELD_MANAGER,
+            "reportingInstance": "",
+        }
+        try:
+            await self._api.create(event)
+        except Conflict:
+            return
+        except ApiError as error:
+            # Events are a courtesy: the state itself is in the status.
+            _logger.warning("event not reported: %s", error, extra={"event": transition.key})
+
+    async def delete(self, deletion: Deletion) -> None:
+        """Delete an object unless it is gone or another one by now."""
+        kind = kind_named(deletion.kind)
+        try:
+            await self._api.delete(kind, deletion.name, deletion.namespace, deletion.uid)
+        except (NotFound, Conflict):
+            return
+        self._applied.pop(deletion.uid, None)
+        _logger.info("deleted %s %s", kind.name, deletion.name)
+
+    async def _apply(self, resource: Object, desired: Desired) -> Rejection | None:
+        body = desired.body
+        kind, name = kind_named(body["kind"]), name_of(body)
+        try:
+            live = await self._live(resource, kind, body)
+            if live is not None and not _is_ours(resource, kind, live):
+                message = "exists and is controlled by another object; delete or rename one of them"
+                return Rejection(kind.name, name, NAME_CONFLICT, message)
+            if live is not None and (desired.once or self._is_applied(body, live)):
+                return None
+            written = await self._api.apply(body)
+        except _FOR_GOOD as error:
+            return Rejection(kind.name, name, error.reason, str(error))
+        if kind in WATCHED:
+            self._store.put(kind, written)
+        self._applied[uid_of(written)] = _mark(body, written)
+        _logger.info("applied %s %s", kind.name, name)
+        return None
+
+    async def _live(self, resource: Object, kind: Kind, body: Mapping[str, Any]) -> Object | None:
+        """Return the live object; one without our label is in no watch but may have the name."""
+        namespace = text(body, "metadata", "namespace") or None
+        if kind in WATCHED:
+            for child in self._store.children(kind, key_of(resource)):
+                if name_of(child) == name_of(body):
+                    return child
+        try:
+            return await self._api.get(kind, name_of(body), namespace)
+        except NotFound:
+            return None
+
+    def _is_applied(self, body: Mapping[str, Any], live: Object) -> bool:
+        return _holds(body, live) or self._applied.get(uid_of(live)) == _mark(body, live)
+
+    async def _scale(self, resource: Object, scale: Scale) -> None:
+        namespace = text(resource, "metadata", "namespace")
+        try:
+            await self._api.scale(DEPLOYMENT, scale.name, namespace, scale.replicas)
+        except NotFound:
+            return
+        _logger.info("scaled Deployment %s to %d", scale.name, scale.replicas)
+
+
+def _is_ours(resource: Object, kind: Kind, live: Object) -> bool:
+    if kind is not VOLUME:
+        return controller_uid(live) == uid_of(resource)
+    # A cluster-wide object cannot be owned by a namespaced one.
+    labels = {
+        NAMESPACE_LABEL: text(resource, "metadata", "namespace"),
+        OWNER_LABEL: name_of(resource),
+    }
+    return _holds(labels, mapping(live, "metadata", "labels"))
+
+
+def _mark(body: Mapping[str, Any], live: Object) -> tuple[str, str]:
+    return digest(body, 16), text(live, "metadata", "resourceVersion")
+
+
+def _holds(desired: object, live: object) -> bool:
+    """Whether a live value has everything of a desired one; lists are compared as a whole."""
+    if isinstance(desired, Mapping) and isinstance(live, Mapping):
+        return all(key in live and _holds(value, live[key]) for key, value in desired.items())
+    if isinstance(desired, list) and isinstance(live, list):
+        same_length = len(desired) == len(live)
+        return same_length and all(map(_holds, desired, live))
+    return desired == live

@@ -1,0 +1,85 @@
+"""Phases of a serving pod's start, read from the times its status carries.
+
+    schedule  created -> bound to a node
+    prepare   bound -> loader started: volumes attached and mounted, image pulled
+    load      loader started -> pod initialised: weights resident and verified
+    engine    pod initialised -> ready: engine started, attached and warmed up
+    total     created -> ready
+
+With the gate Overlap the engine starts during the load, and `load` ends with the loader's
+start. Times have a resolution of one second.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from headrace_operator.metrics import COLD_START_SECONDS
+from headrace_operator.plan.names import COMPONENT_LABEL, SERVE
+from headrace_operator.plan.objects import condition_of, items, parse_time, text, uid_of
+from headrace_operator.plan.serving_pod import LOADER
+
+_MAX_REMEMBERED = 10_000
+
+
+def phases(pod: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of every phase of a ready pod; empty when it is not ready or lacks one."""
+    if text(condition_of(pod, "Ready"), "status") != "True":
+        return {}
+    marks = [
+        parse_time(text(pod, "metadata", "creationTimestamp")),
+        _since(pod, "PodScheduled"),
+        _loader_started(pod),
+        _since(pod, "Initialized"),
+        _since(pod, "Ready"),
+    ]
+    times = [mark for mark in marks if mark is not None]
+    if len(times) != len(marks) or times != sorted(times):
+        return {}
+    names = ("schedule", "prepare", "load", "engine")
+    result = {
+        name: (end - start).total_seconds()
+        for name, start, end in zip(names, times, times[1:], strict=False)
+    }
+    return {**result, "total": (times[-1] - times[0]).total_seconds()}
+
+
+class ColdStarts:
+    """Counts the start of every pod once, of those that became ready since `since`."""
+
+    def __init__(self, since: datetime) -> None:
+        self._since = since
+        self._counted: dict[str, None] = {}
+
+    def note(self, pods: Iterable[Mapping[str, Any]]) -> None:
+        """Count the pods that have become ready."""
+        for pod in pods:
+            ready = _since(pod, "Ready")
+            is_serving = text(pod, "metadata", "labels", COMPONENT_LABEL) == SERVE
+            if not is_serving or ready is None or ready < self._since:
+                continue
+            self._count(uid_of(pod), phases(pod))
+
+    def _count(self, uid: str, seconds: Mapping[str, float]) -> None:
+        if uid in self._counted or not seconds:
+            return
+        self._counted[uid] = None
+        if len(self._counted) > _MAX_REMEMBERED:
+            del self._counted[next(iter(self._counted))]
+        for phase, value in seconds.items():
+            COLD_START_SECONDS.labels(phase).observe(value)
+
+
+def _since(pod: Mapping[str, Any], condition: str) -> datetime | None:
+    found = condition_of(pod, condition)
+    if text(found, "status") != "True":
+        return None
+    return parse_time(text(found, "lastTransitionTime"))
+
+
+def _loader_started(pod: Mapping[str, Any]) -> datetime | None:
+    statuses = items(pod, "status", "initContainerStatuses")
+    started = (
+        text(s, "state", "running", "startedAt") for s in statuses if text(s, "name") == LOADER
+    )
+    return parse_time(next(started, ""))

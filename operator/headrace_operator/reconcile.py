@@ -1,0 +1,113 @@
+"""The reconciliation: observe -> plan -> write, by a few workers over a queue of keys."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from headrace_operator.cluster.api import Api, Object
+from headrace_operator.cluster.execute import Executor
+from headrace_operator.cluster.kinds import POD
+from headrace_operator.cluster.observe import Observer
+from headrace_operator.cluster.store import Key, Store
+from headrace_operator.coldstart import ColdStarts
+from headrace_operator.errors import ApiError
+from headrace_operator.health import Health
+from headrace_operator.metrics import (
+    QUEUE_DEPTH,
+    RECONCILE_ERRORS,
+    RECONCILE_SECONDS,
+    forget_conditions,
+    report_conditions,
+)
+from headrace_operator.plan import Settings, plan
+from headrace_operator.queue import WorkQueue
+
+WORKERS = 4
+_IDLE_SECONDS = 30.0
+_logger = logging.getLogger(__name__)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass
+class Reconciler:
+    """Brings ModelDeployments to what their specs say, one at a time per worker."""
+
+    api: Api
+    store: Store
+    settings: Settings
+    health: Health
+    queue: WorkQueue[Key] = field(default_factory=WorkQueue)
+    clock: Callable[[], datetime] = _utc_now
+
+    def __post_init__(self) -> None:
+        self._observer = Observer(self.api, self.store)
+        self._executor = Executor(self.api, self.store)
+        self._cold_starts = ColdStarts(self.clock())
+
+    async def work(self, worker: int) -> None:
+        """Work on keys until the queue is shut down."""
+        while True:
+            self.health.beat(f"worker {worker}")
+            try:
+                # Not wait_for(): it makes tasks, and kopf cancels those it did not expect.
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    key = await self.queue.get()
+            except TimeoutError:
+                continue
+            if key is None:
+                return
+            await self._work_on(key)
+            QUEUE_DEPTH.set(len(self.queue))
+
+    async def _work_on(self, key: Key) -> None:
+        started = time.monotonic()
+        try:
+            again_after = await self.reconcile(key)
+        except ApiError as error:
+            delay = self.queue.failed(key)
+            RECONCILE_ERRORS.labels(error.reason).inc()
+            context = {"object": key, "reason": error.reason, "seconds": delay}
+            _logger.warning("not reconciled, trying again: %s", error, extra=context)
+        except Exception:
+            # A bug must not take the other objects down with it; it is loud and counted.
+            self.queue.failed(key)
+            RECONCILE_ERRORS.labels("InternalError").inc()
+            _logger.exception("not reconciled, trying again", extra={"object": key})
+        else:
+            self.queue.done(key, again_after)
+        finally:
+            RECONCILE_SECONDS.observe(time.monotonic() - started)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Bring one ModelDeployment to what its spec says, as far as possible now.
+
+        Returns the seconds after which it should be looked at without any event.
+        Raises ApiError.
+        """
+        resource = self.store.resource(key)
+        if resource is None:
+            forget_conditions(*key)
+            return None
+        now = self.clock()
+        observed = await self._observer.observe(resource, now)
+        planned = plan(resource, observed, self.settings, now)
+        rejections = await self._executor.write_children(resource, planned)
+        if rejections:
+            planned = plan(resource, replace(observed, rejections=rejections), self.settings, now)
+        # Events go first: written after the status, a crash between the two would lose them.
+        for transition in planned.transitions:
+            await self._executor.report(resource, transition, now)
+        if planned.status is not None:
+            await self._executor.write_status(resource, planned.status)
+            report_conditions(*key, planned.status["status"]["conditions"])
+        self._cold_starts.note(self._pods(key))
+        return planned.requeue_seconds
+
+    def _pods(self, key: Key) -> list[Object]:
+        return list(self.store.children(POD, key))
