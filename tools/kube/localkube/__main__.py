@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--node", action="store_true", help="with a real node (needs root)")
     up.add_argument("--kwok", type=_count, default=0, metavar="N", help="add N simulated nodes")
     up.add_argument("--kwok-stages", default="", metavar="FILE", help="Stages to use for them")
+    up.add_argument("--images", default="", metavar="DIR", help="where images outlive the cluster")
     up.set_defaults(run=_up)
     down = commands.add_parser("down", help="tear a cluster down, also after a crash")
     down.set_defaults(run=lambda options: Cluster(options.dir).down())
@@ -77,7 +78,10 @@ def _count(text: str) -> int:
 
 def _up(options: argparse.Namespace) -> None:
     cluster = Cluster(options.dir).up(
-        node=options.node, kwok=options.kwok, kwok_stages=options.kwok_stages
+        node=options.node,
+        kwok=options.kwok,
+        kwok_stages=options.kwok_stages,
+        images=options.images,
     )
     _print_environment(cluster)
 

@@ -8,13 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from . import binaries, network, node, processes
+from . import binaries, network, processes
 from .api import Api
 from .cgroups import ControlGroups
 from .components import Components
 from .errors import CommandError, InvalidInputError, LocalkubeError
 from .files import locked
 from .guard import Guard
+from .images import NAMESPACE, Images
 from .kubeconfig import write_kubeconfig
 from .layout import Layout
 from .namespaces import Namespaces
@@ -91,15 +92,23 @@ class Cluster:
         node: bool = False,
         kwok: int = 0,
         kwok_stages: str | os.PathLike[str] = "",
+        images: str | os.PathLike[str] = "",
     ) -> Self:
         """Bring the cluster up and return it; a cluster that is up already is kept.
 
         With `node`, a real node (needs root). `kwok` is a number of simulated nodes, and
-        `kwok_stages` a file of Stage objects to use instead of kwok's own fast ones.
+        `kwok_stages` a file of Stage objects to use instead of kwok's own fast ones. `images`
+        is a directory for the real node's images that outlives the cluster: a later one finds
+        them there. While another cluster uses it, the node starts without them.
         Returns once the API answers, the default ServiceAccount exists and the nodes are Ready.
         Raises LocalkubeError, and leaves nothing running, when that cannot be reached.
         """
-        wanted = Record(node=node, kwok=kwok, kwok_stages=os.fspath(kwok_stages))
+        wanted = Record(
+            node=node,
+            kwok=kwok,
+            kwok_stages=_absolute(kwok_stages),
+            images=_absolute(images),
+        )
         startup = Startup(self._layout, self._components, wanted, self.timings)
         startup.check()
         self._layout.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -196,13 +205,17 @@ class Cluster:
 
     def ctr(self, *arguments: str, check: bool = True, timeout: float = COMMAND_SECONDS) -> str:
         """Run containerd's ctr on the images and containers of the real node's pods."""
-        flag = f"--namespace={node.IMAGE_NAMESPACE}"
+        flag = f"--namespace={NAMESPACE}"
         return self.run_in_node(self.bin("ctr"), flag, *arguments, check=check, timeout=timeout)
 
     def import_image(self, archive: str | os.PathLike[str]) -> list[str]:
-        """Import an OCI or Docker archive into the real node; return the names of its images."""
-        path = Path(archive).resolve(strict=True)
-        return node.import_image(Namespaces.find(self._layout.root), self.bin("ctr"), path)
+        """Import an OCI or Docker archive into the real node; return the names of its images.
+
+        An unchanged archive that the node has already is not imported again.
+        """
+        namespaces = Namespaces.find(self._layout.root)
+        images = Images(namespaces, self.bin("ctr"), self._running())
+        return images.add(Path(archive).resolve(strict=True))
 
     def _record(self) -> Record | None:
         return Record.load(self._layout.record)
@@ -232,3 +245,7 @@ class Cluster:
         ControlGroups(self._layout.group).remove()
         network.disconnect(self._layout.identity)
         self._layout.clear()
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return str(Path(path).resolve()) if os.fspath(path) else ""

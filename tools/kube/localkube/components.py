@@ -10,7 +10,7 @@ from .errors import ComponentError
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from .layout import Layout
@@ -30,15 +30,15 @@ class Components:
         self,
         component: str,
         command: Sequence[str | Path],
-        environment: Mapping[str, str] | None = None,
+        descriptors: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
-        """Start `component` in the background; its output goes to its log file."""
+        """Start `component` in the background, with open file `descriptors` to hold."""
         process = processes.spawn(
             component,
             command,
             owner=self._layout.root,
             log=self._layout.log(component),
-            environment=environment,
+            descriptors=descriptors,
         )
         self._started[component] = process
         return process

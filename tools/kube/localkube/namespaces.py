@@ -4,7 +4,7 @@ One process, `pause`, is their init. When it dies, the kernel kills every proces
 and takes down its mounts and interfaces: there is nothing that a crash could leave behind.
 
 Within, the node sees the machine's file system but for the usual places of a node's state,
-which lie in the cluster's directory, and /run, which is empty memory.
+which lie elsewhere on the machine, and /run, which is empty memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import processes
 from .errors import CommandError, ComponentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Self
 
     from .components import Components
@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 COMPONENT = "node-init"
 START_SECONDS = 10.0
 COMMAND_SECONDS = 120.0
-
-# Seen from within -> directory below the node's part of the cluster's directory.
-STATE_DIRECTORIES = {
-    "/var/lib/kubelet": "kubelet",
-    "/var/lib/containerd": "containerd",
-    "/var/lib/cni": "cni",
-    "/var/log/pods": "pod-logs",
-    "/var/log/containers": "container-logs",
-}
 
 
 class Namespaces:
@@ -44,16 +35,25 @@ class Namespaces:
         self.pid = pid
 
     @classmethod
-    def create(cls, components: Components, pause: Path, state: Path) -> Self:
-        """Create the namespaces; the node keeps its state in the directory `state`."""
+    def create(
+        cls,
+        components: Components,
+        pause: Path,
+        directories: Mapping[str, Path],
+        held: Sequence[int] = (),
+    ) -> Self:
+        """Create the namespaces, with `directories` seen at the paths that are their keys.
+
+        The file descriptors `held` stay open as long as the namespaces exist.
+        """
         flags = ["--net", "--mount", "--pid", "--mount-proc", "--propagation=slave"]
         command: list[str | Path] = ["unshare", *flags, "--fork", "--kill-child", pause]
-        launcher = components.start(COMPONENT, command)
+        launcher = components.start(COMPONENT, command, descriptors=held)
         pid = components.wait_for(
             "creating namespaces", lambda: _child_running(launcher.pid, pause), START_SECONDS
         )
         namespaces = cls(pid)
-        namespaces._mount(state)
+        namespaces._mount(directories)
         return namespaces
 
     @classmethod
@@ -102,6 +102,7 @@ class Namespaces:
         probe = Path("/var/lib/containerd/overlay-probe")
         folders = {name: probe / name for name in ("lowerdir", "upperdir", "workdir")}
         merged = probe / "merged"
+        self.run("rm", "-rf", probe)
         self.run("mkdir", "-p", merged, *folders.values())
         options = ",".join(f"{name}={folder}" for name, folder in folders.items())
         try:
@@ -118,13 +119,12 @@ class Namespaces:
         except CommandError:
             return False
 
-    def _mount(self, state: Path) -> None:
+    def _mount(self, directories: Mapping[str, Path]) -> None:
         # Pods may ask for mounts to propagate, which takes a shared tree; the machine's own
         # still gets none of them, as this one is a slave of it.
         self.run("mount", "--make-rshared", "/")
-        for seen, folder in STATE_DIRECTORIES.items():
-            source = state / folder
-            source.mkdir(parents=True)
+        for seen, source in directories.items():
+            source.mkdir(parents=True, exist_ok=True)
             Path(seen).mkdir(parents=True, exist_ok=True)
             self.run("mount", "--bind", source, seen)
         self.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")

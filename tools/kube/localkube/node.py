@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .layout import Layout
-    from .namespaces import Namespaces
     from .network import Addresses
 
 NODE_NAME = "localkube"
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 SANDBOX_IMAGE = "localhost/pause:1"
-IMAGE_NAMESPACE = "k8s.io"
 BRIDGE = "cni0"
 EVICTION_SIGNALS = (
     "memory.available",
@@ -33,7 +31,6 @@ EVICTION_SIGNALS = (
     "imagefs.available",
     "imagefs.inodesFree",
 )
-IMPORT_SECONDS = 1200.0
 
 Predicate = Callable[[Any], bool]
 
@@ -68,9 +65,6 @@ conf_dir = {json.dumps(str(layout.config / "cni"))}
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 runtime_path = {json.dumps(str(shim))}
-
-[plugins.'io.containerd.transfer.v1.local']
-unpack_config = [{{platform = "linux", snapshotter = {json.dumps(snapshotter)}}}]
 """,
     )
     return [binary, "--config", config]
@@ -164,13 +158,6 @@ def kube_proxy(
     path = layout.config / "kube-proxy.json"
     write_private(path, json.dumps(config, indent=2))
     return [binary, f"--config={path}"]
-
-
-def import_image(namespaces: Namespaces, ctr: Path, archive: Path) -> list[str]:
-    """Import an OCI or Docker archive into the node; return the names of its images."""
-    command = (ctr, "--namespace", IMAGE_NAMESPACE, "images", "import", archive)
-    output = namespaces.run(*command, timeout=IMPORT_SECONDS)
-    return [line.split()[0] for line in output.splitlines() if line.split()[1:]]
 
 
 def is_ready(node: dict[str, object]) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .errors import TeardownError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 OWNER = "LOCALKUBE_OWNER"
 COMPONENT = "LOCALKUBE_COMPONENT"
@@ -41,12 +41,12 @@ def spawn(
     *,
     owner: Path,
     log: Path,
-    environment: Mapping[str, str] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `command` in the background, in a session of its own, with `owner` as directory.
 
-    Its output goes to `log`. The caller's environment, with its proxies and secrets, is not
-    passed on.
+    Its output goes to `log`; it inherits the open file `descriptors`. The caller's environment,
+    with its proxies and secrets, is not passed on.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -58,12 +58,12 @@ def spawn(
                 "HOME": str(owner),
                 OWNER: str(owner),
                 COMPONENT: component,
-                **(environment or {}),
             },
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=descriptors,
         )
 
 

@@ -21,6 +21,8 @@ class Record:
     node: bool
     kwok: int
     kwok_stages: str = ""
+    images: str = ""
+    snapshotter: str = ""
     server: str = ""
 
     @classmethod

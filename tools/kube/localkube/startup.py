@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import logging
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import binaries, controlplane, images, kwok, network, node, prerequisites
+from . import archives, binaries, controlplane, kwok, network, node, prerequisites
 from .api import Api
 from .cgroups import ControlGroups
 from .errors import ComponentError, InvalidInputError, LocalkubeError
+from .images import Images, ImageStore
 from .kubeconfig import write_kubeconfig
 from .namespaces import Namespaces
 
@@ -165,23 +167,50 @@ class Startup:
     def _create_node_environment(self) -> None:
         """Make what surrounds the node's processes, and start the one that needs no API."""
         self._groups.create()
-        self._namespaces = Namespaces.create(
-            self._components, self._paths["pause"], self._layout.node
-        )
+        self._create_namespaces()
         self._addresses = network.connect(self._layout.identity, self._namespaces)
         node.pod_network(self._layout, self._addresses)
+        shim = self._paths["containerd-shim-runc-v2"]
+        self._start_in_node(
+            "containerd",
+            node.containerd(
+                self._paths["containerd"], self._layout, shim, self._record.snapshotter
+            ),
+        )
+
+    def _create_namespaces(self) -> None:
+        state = self._layout.node
+        store = ImageStore(Path(self._record.images) if self._record.images else state / "images")
+        lock = store.acquire()
+        if lock is None:
+            log.warning("%s is in use by another cluster: starting without images", store.root)
+            store = ImageStore(state / "images")
+            lock = store.acquire()
+        directories = {
+            "/var/lib/containerd": store.containerd,
+            "/var/lib/kubelet": state / "kubelet",
+            "/var/lib/cni": state / "cni",
+            "/var/log/pods": state / "pod-logs",
+            "/var/log/containers": state / "container-logs",
+        }
+        held = () if lock is None else (lock,)
+        try:
+            self._namespaces = Namespaces.create(
+                self._components, self._paths["pause"], directories, held
+            )
+        finally:
+            for descriptor in held:
+                os.close(descriptor)
         snapshotter = "overlayfs"
         if not self._namespaces.supports_overlay():
             snapshotter = "native"
             log.warning(
                 "%s cannot hold overlay mounts: images are copied whole, which takes more time "
                 "and disk; choose a directory on ext4 or xfs",
-                self._layout.node,
+                store.root,
             )
-        shim = self._paths["containerd-shim-runc-v2"]
-        self._start_in_node(
-            "containerd",
-            node.containerd(self._paths["containerd"], self._layout, shim, snapshotter),
+        self._record = dataclasses.replace(
+            self._record, images=str(store.root), snapshotter=snapshotter
         )
 
     def _start_in_node(self, component: str, command: list[str | Path]) -> None:
@@ -216,9 +245,9 @@ class Startup:
         self._components.wait_for(
             "waiting for containerd", self._namespaces.seen(node.CONTAINERD_SOCKET).exists, 30
         )
-        archive = self._layout.node / "pause.tar"
-        images.single_program_image(self._paths["pause"], node.SANDBOX_IMAGE, archive)
-        node.import_image(self._namespaces, self._paths["ctr"], archive)
+        archive = self._layout.config / "pause.tar"
+        archives.single_program_image(self._paths["pause"], node.SANDBOX_IMAGE, archive)
+        Images(self._namespaces, self._paths["ctr"], self._record).add(archive)
 
     # Simulated nodes
 
