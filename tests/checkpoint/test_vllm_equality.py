@@ -1,0 +1,174 @@
+"""The checkpoint against vLLM itself: same names, types, shapes and bytes; same tokens."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from headrace_checkpoint.sharder import ShardRequest, shard
+
+from .conftest import read_tensors, tiny_llama, write_tensors
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+SIZES = {
+    "plain": {},
+    "tied": {"tied": True},
+    "tied-stored-twice": {"tied": True, "layers": 1},
+    "one-kv-head": {"kv_heads": 1, "layers": 1},
+    "odd": {
+        "vocab_size": 70,
+        "intermediate_size": 516,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "layers": 3,
+    },
+    "float32": {"dtype": "float32", "layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint made by both sides."""
+
+    model: str
+    tp: int
+    dtype: str = "auto"
+
+    def __str__(self):
+        return f"{self.model}-tp{self.tp}-{self.dtype}"
+
+
+CASES = [
+    Case("plain", 1),
+    Case("plain", 2),
+    Case("plain", 4),
+    Case("plain", 1, "float16"),
+    Case("tied", 1),
+    Case("tied", 2),
+    Case("tied-stored-twice", 2),
+    Case("one-kv-head", 2),
+    Case("odd", 2),
+    Case("odd", 4),
+    Case("float32", 2),
+    Case("float32", 1, "float32"),
+    Case("float32", 1, "float16"),
+]
+READ_BY_VLLM = ["plain", "tied", "odd"]
+
+
+@dataclass(frozen=True)
+class Both:
+    """What our sharder and vLLM made; tokens are (from the model, from our checkpoint)."""
+
+    ours: Path
+    theirs: Path
+    tokens: dict
+
+
+def make_models(directory):
+    for name, size in SIZES.items():
+        tiny_llama.make_tiny_llama(directory / name, tiny_llama.Size(**size))
+    path = directory / "tied-stored-twice" / "model.safetensors"
+    tensors = read_tensors(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_tensors(path, tensors)
+
+
+def ask_vllm(request):
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("vllm_truth.py"), json.dumps(request)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return json.loads(re.search(r"^TOKENS (.*)$", result.stdout, re.MULTILINE)[1])
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory):
+    """Every case made by both sides; one vLLM process for all of them."""
+    root = tmp_path_factory.mktemp("vllm")
+    models, ours, theirs = (root / name for name in ("models", "ours", "theirs"))
+    make_models(models)
+    for case in CASES:
+        request = ShardRequest(
+            source=models / case.model,
+            output=ours / str(case),
+            tensor_parallel_size=case.tp,
+            identity={},
+            dtype=case.dtype,
+            part_bytes=1_000_000,
+        )
+        shard(request)
+    for name in READ_BY_VLLM:
+        shard(
+            ShardRequest(
+                source=models / name, output=ours / name, tensor_parallel_size=1, identity={}
+            )
+        )
+    save = [
+        {
+            "model": str(models / case.model),
+            "out": str(theirs / str(case)),
+            "tp": case.tp,
+            "dtype": case.dtype,
+        }
+        for case in CASES
+    ]
+    generate = [
+        {"model": str(directory / name), "load_format": load_format}
+        for name in READ_BY_VLLM
+        for directory, load_format in ((models, "auto"), (ours, "sharded_state"))
+    ]
+    answers = iter(ask_vllm({"save": save, "generate": generate}))
+    tokens = {name: (next(answers), next(answers)) for name in READ_BY_VLLM}
+    return Both(ours, theirs, tokens)
+
+
+def rank_tensors(directory, rank):
+    tensors = {}
+    for path in directory.glob(f"model-rank-{rank}-part-*.safetensors"):
+        part = read_tensors(path)
+        assert not part.keys() & tensors.keys()
+        tensors |= part
+    return tensors
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_rank_equals_vllm_bit_for_bit(both, case):
+    for rank in range(case.tp):
+        ours = rank_tensors(both.ours / str(case), rank)
+        theirs = rank_tensors(both.theirs / str(case), rank)
+        assert len(theirs) > 10
+        assert {n: t[:2] for n, t in ours.items()} == {n: t[:2] for n, t in theirs.items()}
+        assert [n for n in theirs if ours[n] != theirs[n]] == []
+
+
+@pytest.mark.parametrize("name", READ_BY_VLLM)
+def test_plain_vllm_reads_it_and_answers_the_same(both, name):
+    from_model, from_checkpoint = both.tokens[name]
+    assert len(set(from_model)) > 4
+    assert from_checkpoint == from_model
+
+
+def test_the_safetensors_library_reads_the_parts(both):
+    for path in (both.ours / "plain-tp2-auto").glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            assert set(file.keys()) == set(read_tensors(path))

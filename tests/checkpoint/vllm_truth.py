@@ -1,0 +1,102 @@
+"""What vLLM itself makes of models: a script run in a process of its own.
+
+    python vllm_truth.py REQUEST_JSON
+
+The request has "save": [{"model", "out", "tp", "dtype"}, ...] and "generate":
+[{"model", "load_format"}, ...].
+
+`save` builds each model through vLLM's own code (engine arguments, distributed state
+with one forked process per rank over gloo, model construction, weight loading, re-tying)
+and saves its state dict with vLLM's ShardedStateLoader before weights are post-processed:
+the CPU backend's post-processing replaces linear weights by packed ones. Only the engine
+core, which has no part in it, is left out.
+
+`generate` answers a prompt greedily with plain vLLM and prints the token lists as JSON
+after the marker TOKENS.
+"""
+
+import gc
+import json
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.config import set_current_vllm_config
+from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+PROMPT = [58, 7, 19, 33]
+
+
+def save_rank(config, rank: int, size: int, rendezvous: str, out: str) -> None:
+    torch.set_num_threads(1)
+    with set_current_vllm_config(config):
+        parallel_state.init_distributed_environment(
+            size, rank, f"file://{rendezvous}", rank, backend="gloo"
+        )
+        parallel_state.initialize_model_parallel(size)
+        with set_default_torch_dtype(config.model_config.dtype):
+            model = initialize_model(vllm_config=config, model_config=config.model_config)
+            DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
+            maybe_retie_word_embeddings(model, config.model_config)
+        ShardedStateLoader.save_model(model, out)
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
+
+
+def save(job: dict) -> None:
+    Path(job["out"]).mkdir(parents=True)
+    config = EngineArgs(
+        model=job["model"],
+        tensor_parallel_size=job["tp"],
+        dtype=job["dtype"],
+        max_model_len=128,
+        enforce_eager=True,
+        distributed_executor_backend="mp",
+    ).create_engine_config()
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as directory:
+        ranks = [
+            context.Process(
+                target=save_rank,
+                args=(config, rank, job["tp"], f"{directory}/rendezvous", job["out"]),
+            )
+            for rank in range(job["tp"])
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            raise SystemExit(f"vLLM failed on {job}")
+
+
+def generate(job: dict) -> list[int]:
+    engine = LLM(
+        model=job["model"],
+        load_format=job["load_format"],
+        enforce_eager=True,
+        max_model_len=128,
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    output = engine.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
+    tokens = list(output[0].outputs[0].token_ids)
+    del engine
+    gc.collect()
+    return tokens
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    for item in request["save"]:
+        save(item)
+    answers = [generate(item) for item in request["generate"]]
+    sys.stdout.write(f"TOKENS {json.dumps(answers)}\n")
