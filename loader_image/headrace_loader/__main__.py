@@ -1,0 +1,108 @@
+"""The `headrace-loader` command."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from headrace_checkpoint.report import log, report_termination
+from headrace_loader.backends import BACKENDS, PathPolicy
+from headrace_loader.errors import EX_USAGE, InternalError, LoaderError
+from headrace_loader.supervisor import Options, Supervisor
+
+_MAX_READ_THREADS = 256
+_MAX_RANKS = 1024
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with EX_USAGE; argparse's own 2 says nothing to whoever reads exit codes."""
+        self.print_usage(sys.stderr)
+        self.exit(EX_USAGE, f"{self.prog}: {message}\n")
+
+
+class _JsonLines(logging.Handler):
+    """Passes library log records on as JSON lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = {"logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            fields["trace"] = "".join(traceback.format_exception(*record.exc_info))
+        log("log", record.levelname.lower(), **fields)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the loader until it is told to stop; returns the exit code."""
+    options = _options(_parser().parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, handlers=[_JsonLines()])
+    try:
+        Supervisor(options).run()
+    except LoaderError as error:
+        return _failed(error)
+    except Exception as error:  # noqa: BLE001 - the last resort still has to report
+        log("defect", "error", trace=traceback.format_exc())
+        return _failed(InternalError(f"{type(error).__name__}: {error}"))
+    log("stopped")
+    return 0
+
+
+def _failed(error: LoaderError) -> int:
+    log("failed", "error", reason=error.reason, message=str(error))
+    report_termination(error.reason, str(error))
+    return error.exit_code
+
+
+def _options(parsed: argparse.Namespace) -> Options:
+    return Options(
+        checkpoint=parsed.checkpoint,
+        tensor_parallel_size=parsed.tensor_parallel_size,
+        backend=parsed.backend,
+        policy=PathPolicy(parsed.path),
+        runtime_directory=parsed.runtime_dir,
+        host=parsed.host,
+        port=parsed.port,
+        plugin_directory=parsed.plugin_dir,
+        read_threads=parsed.read_threads,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="headrace-loader",
+        description="Load a checkpoint's weights, keep them resident, hand them to engines.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="directory of the checkpoint")
+    add("--tensor-parallel-size", type=_bounded(_MAX_RANKS), default=1, help="ranks to load")
+    add("--backend", choices=BACKENDS, required=True, help="memory that holds the weights")
+    policies = [str(policy) for policy in PathPolicy]
+    add("--path", choices=policies, default="Prefer", help="policy for GPUDirect Storage")
+    add("--runtime-dir", type=Path, default=Path("/run/headrace"), help="for socket and lease")
+    add("--host", default="0.0.0.0", help="address of the status server")  # noqa: S104
+    add("--port", type=_bounded(65535), default=9400, help="port of the status server")
+    add("--plugin-dir", type=Path, help="directory to copy the engine side to")
+    default = min(8, max(2, os.cpu_count() or 1))
+    threads = _bounded(_MAX_READ_THREADS)
+    add("--read-threads", type=threads, default=default, help="reading threads per rank")
+    return parser
+
+
+class _bounded:  # noqa: N801 - used like a function
+    """A whole number from 1 to `maximum`."""
+
+    def __init__(self, maximum: int) -> None:
+        self._maximum = maximum
+
+    def __call__(self, text: str) -> int:
+        value = int(text)
+        if not 1 <= value <= self._maximum:
+            raise argparse.ArgumentTypeError(f"{text}: must be from 1 to {self._maximum}")
+        return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Reads part files: by direct I/O where the file system can, through the page cache where not.
+
+Direct I/O moves data from storage into the region without a copy in the page cache, which
+would otherwise compete with the weights for memory.
+"""
+
+import errno
+import mmap
+import os
+from types import TracebackType
+from typing import Self
+
+from headrace_loader.backends import PartSource
+from headrace_loader.errors import CheckpointMissing, DigestMismatch, StorageError
+
+ALIGNMENT = 4096
+"""Bytes. Offsets, lengths and addresses of direct reads are multiples of it."""
+
+_SAMPLES = 256
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class PartFile:
+    """An open part; `buffered_reason` is empty while reads are direct.
+
+    `prefer_cache` reads a file that the page cache holds from there: copying it to a GPU from
+    memory beats reading it from storage once more.
+    """
+
+    def __init__(self, source: PartSource, *, prefer_cache: bool = False) -> None:
+        self.source = source
+        self._prefer_cache = prefer_cache
+        self.buffered_reason = ""
+        self._descriptor = -1
+        try:
+            self._descriptor = self._open()
+            size = os.fstat(self._descriptor).st_size
+        except FileNotFoundError:
+            raise CheckpointMissing(
+                f"{source.path}: no such file; the manifest names it, shard the model again"
+            ) from None
+        except OSError as error:
+            self.close()
+            raise StorageError(f"{source.path}: opening failed: {error.strerror}") from None
+        expected = source.offset + source.nbytes
+        if size != expected:
+            self.close()
+            raise DigestMismatch(
+                f"{source.path}: {size} bytes: the manifest says {expected}; shard the model again"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def read_into(self, view: memoryview, begin: int, end: int) -> None:
+        """Read bytes `begin` to `end` of the data section to the start of `view`.
+
+        `begin` is a multiple of 4096, and `view` has room up to the next such multiple after
+        the last byte: direct reads are whole blocks.
+        """
+        limit = end if self.buffered_reason else -(-end // ALIGNMENT) * ALIGNMENT
+        done = begin
+        while done < end:
+            count = self._read(view[done - begin : limit - begin], self.source.offset + done)
+            if count == 0:
+                raise DigestMismatch(
+                    f"{self.source.path}: ends at byte {self.source.offset + done}; "
+                    "it was cut while it was read, shard the model again"
+                )
+            done += count
+
+    def _read(self, view: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._descriptor, [view], offset)
+        except OSError as error:
+            raise StorageError(
+                f"{self.source.path}: reading {len(view)} bytes at {offset} failed: "
+                f"{error.strerror}"
+            ) from None
+
+    def _open(self) -> int:
+        if self._prefer_cache:
+            descriptor = self._open_buffered("the page cache holds the file")
+            if is_cached(descriptor, self.source.offset, self.source.nbytes):
+                return descriptor
+            os.close(descriptor)
+            self.buffered_reason = ""
+        try:
+            descriptor = os.open(self.source.path, _FLAGS | os.O_DIRECT)
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            return self._open_buffered(f"the file system refuses O_DIRECT: {error.strerror}")
+        try:
+            self._probe(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in _REFUSALS:
+                raise
+            return self._open_buffered(f"the file system refuses direct reads: {error.strerror}")
+        return descriptor
+
+    def _open_buffered(self, reason: str) -> int:
+        self.buffered_reason = reason
+        return os.open(self.source.path, _FLAGS)
+
+    def _probe(self, descriptor: int) -> None:
+        """Read one block: some file systems take the flag and refuse the read."""
+        with mmap.mmap(-1, ALIGNMENT) as block:
+            os.preadv(descriptor, [block], self.source.offset)
+
+
+def is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
+    """Tell whether the page cache holds (nearly) all of a range, from a sample of its pages.
+
+    A read with RWF_NOWAIT does not go to storage. False where the file system cannot tell.
+    """
+    step = max(ALIGNMENT, nbytes // _SAMPLES // ALIGNMENT * ALIGNMENT)
+    with mmap.mmap(-1, ALIGNMENT) as block:
+        for position in range(offset, offset + nbytes, step):
+            try:
+                if os.preadv(descriptor, [block], position, os.RWF_NOWAIT) == 0:
+                    return False
+            except OSError:
+                return False
+    return True

@@ -1,0 +1,135 @@
+"""What the loader knows at the moment: one object, changed by the supervisor, read by threads."""
+
+import enum
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from headrace_handover.server import Offer, Peer
+from headrace_loader.backends import PathPolicy, PathReport
+from headrace_loader.checkpoint import Checkpoint
+from headrace_loader.worker_protocol import Progressed
+
+_KEPT_ATTACHMENTS = 64
+
+
+class Phase(enum.StrEnum):
+    """Where the loader stands; the same words in status, metrics and messages."""
+
+    STARTING = "Starting"
+    LOADING = "Loading"
+    READY = "Ready"
+    ORPHANED = "Orphaned"
+    FAILED = "Failed"
+
+
+@dataclass(slots=True)
+class RankState:
+    """One rank's load. Times are Unix times, None before they happen."""
+
+    rank: int
+    total_bytes: int
+    worker_started: float | None = None
+    device: str | None = None
+    path: PathReport | None = None
+    progress: Progressed | None = None
+    verified_at: float | None = None
+    offer: Offer | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that arrived in memory."""
+        return self.progress.read if self.progress else 0
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Rate of reading from its begin to the latest byte; None before the first."""
+        if self.progress is None or self.progress.last_byte is None:
+            return None
+        return self.progress.read / max(1e-6, self.progress.last_byte - self.progress.began)
+
+
+@dataclass(slots=True)
+class Attachment:
+    """An engine's hold on the weights of a rank; `ended` is None while it lasts."""
+
+    peer: Peer
+    began: float
+    ended: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for, as far as it shows in the status."""
+
+    backend: str
+    policy: PathPolicy
+    tensor_parallel_size: int
+
+
+@dataclass(slots=True)
+class LoaderState:
+    """The whole state. Read and change it only within `reading()` and `changing()`."""
+
+    settings: Settings
+    process_started: float
+    phase: Phase = Phase.STARTING
+    message: str = "starting"
+    reason: str = ""
+    checkpoint: Checkpoint | None = None
+    ranks: list[RankState] = field(default_factory=list)
+    timeline: dict[str, float] = field(default_factory=dict)
+    attached: dict[int, Attachment] = field(default_factory=dict)
+    ended: deque[Attachment] = field(default_factory=lambda: deque(maxlen=_KEPT_ATTACHMENTS))
+    attachments: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+    loads: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep the state as it is."""
+        with self._changed:
+            yield
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the state and wake whoever waits for a change."""
+        with self._changed:
+            yield
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Return after a change, or after `seconds`."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    def enter(self, phase: Phase, message: str) -> None:
+        """Change the phase; call within `changing()`."""
+        self.phase = phase
+        self.message = message
+
+    def mark(self, event: str) -> None:
+        """Note the time of an event; call within `changing()`."""
+        self.timeline[event] = time.time()
+
+    @property
+    def serving(self) -> bool:
+        """Whether the pod's readiness probe should pass.
+
+        An orphaned loader is: its predecessor's weights are resident and being served.
+        """
+        return self.phase in (Phase.READY, Phase.ORPHANED)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of weights of all ranks, 0 before the manifest is read."""
+        return sum(rank.total_bytes for rank in self.ranks)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes in memory so far."""
+        return sum(rank.read_bytes for rank in self.ranks)

@@ -1,0 +1,92 @@
+"""The loader's state as the JSON of /v1/status."""
+
+from headrace_loader.state import Attachment, LoaderState, RankState
+
+_GIB = 1 << 30
+
+
+def status(state: LoaderState) -> dict[str, object]:
+    """Return the status document. Sizes in bytes, times as Unix times in seconds."""
+    with state.reading():
+        rate = _total_rate(state.ranks)
+        return {
+            "phase": state.phase,
+            "reason": state.reason,
+            "message": state.message,
+            "backend": state.settings.backend,
+            "tensorParallelSize": state.settings.tensor_parallel_size,
+            "checkpoint": _checkpoint(state),
+            "totalBytes": state.total_bytes,
+            "readBytes": state.read_bytes,
+            "bytesPerSecond": rate,
+            "gibPerSecond": _gib(rate),
+            "directPath": _direct_path(state),
+            "ranks": [_rank(rank) for rank in state.ranks],
+            "engines": [_attachment(item) for item in (*state.ended, *state.attached.values())],
+            "timeline": {"processStarted": state.process_started, **state.timeline},
+        }
+
+
+def _checkpoint(state: LoaderState) -> dict[str, object] | None:
+    if state.checkpoint is None:
+        return None
+    return {
+        "directory": str(state.checkpoint.directory),
+        "architecture": state.checkpoint.manifest.architecture,
+        "manifestDigest": state.checkpoint.digest,
+    }
+
+
+def _direct_path(state: LoaderState) -> dict[str, object]:
+    """Report GPUDirect over all ranks: active only where every rank uses it."""
+    reports = [rank.path for rank in state.ranks if rank.path is not None]
+    document: dict[str, object] = {"policy": state.settings.policy}
+    if len(reports) < len(state.ranks) or not reports:
+        return document | {"active": None, "reason": "Unknown", "message": "not decided yet"}
+    fallback = next((report for report in reports if not report.direct), None)
+    if fallback is None:
+        return document | {"active": True, "reason": "", "message": ""}
+    reason, message = fallback.direct_reason, fallback.direct_message
+    return document | {"active": False, "reason": reason, "message": message}
+
+
+def _rank(rank: RankState) -> dict[str, object]:
+    progress = rank.progress
+    return {
+        "rank": rank.rank,
+        "device": rank.device,
+        "resident": rank.offer is not None,
+        "totalBytes": rank.total_bytes,
+        "readBytes": rank.read_bytes,
+        "verifiedBytes": progress.verified if progress else 0,
+        "bytesPerSecond": rank.bytes_per_second,
+        "gibPerSecond": _gib(rank.bytes_per_second),
+        "path": rank.path.path if rank.path else None,
+        "pathReason": rank.path.reason if rank.path else None,
+        "times": {
+            "workerStarted": rank.worker_started,
+            "readBegan": progress.began if progress else None,
+            "firstByte": progress.first_byte if progress else None,
+            "lastByte": progress.last_byte if progress else None,
+            "verified": rank.verified_at,
+        },
+    }
+
+
+def _attachment(item: Attachment) -> dict[str, object]:
+    peer = item.peer
+    return {"rank": peer.rank, "pid": peer.pid, "attached": item.began, "detached": item.ended}
+
+
+def _total_rate(ranks: list[RankState]) -> float | None:
+    """Rate over all ranks, from the first begin to the latest byte."""
+    parts = [rank.progress for rank in ranks if rank.progress is not None]
+    last = [part.last_byte for part in parts if part.last_byte is not None]
+    if not last:
+        return None
+    seconds = max(last) - min(part.began for part in parts)
+    return sum(part.read for part in parts) / max(1e-6, seconds)
+
+
+def _gib(rate: float | None) -> float | None:
+    return None if rate is None else round(rate / _GIB, 3)

@@ -1,0 +1,319 @@
+"""The loader's main loop: load once, hold, hand over, until told to stop.
+
+One thread, this one, changes the state. Signals and workers put news into its queue;
+HTTP and handover threads only read the state. The supervisor holds descriptors, nothing
+else of the weights: no mapping, no device context.
+"""
+
+import queue
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from headrace_checkpoint.report import log
+from headrace_handover.channel import close_all
+from headrace_handover.errors import HandoverError
+from headrace_handover.messages import Ready, Region, Tensor
+from headrace_handover.server import HandoverServer, Offer, prepare_directory
+from headrace_loader import system
+from headrace_loader.backends import PathPolicy, PathReport, protect
+from headrace_loader.checkpoint import Checkpoint, check_ranks, load_manifest
+from headrace_loader.errors import (
+    PUBLISHED,
+    InternalError,
+    LoaderError,
+    OutOfMemory,
+    RuntimeDirectoryUnusable,
+)
+from headrace_loader.http_server import StatusServer
+from headrace_loader.lease import Lease
+from headrace_loader.plugin import copy_engine_side
+from headrace_loader.state import LoaderState, Phase, RankState, Settings
+from headrace_loader.weight_source import ResidentWeights
+from headrace_loader.worker_process import (
+    WorkerEnded,
+    WorkerEvent,
+    WorkerNews,
+    WorkerOptions,
+    WorkerProcess,
+)
+from headrace_loader.worker_protocol import Failed, Filled, PathChosen, Progressed
+
+HANDOVER_DIRECTORY = "handover"
+
+_LEASE_POLL_SECONDS = 0.5
+_FAREWELL_SECONDS = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The command line, typed."""
+
+    checkpoint: Path
+    tensor_parallel_size: int
+    backend: str
+    policy: PathPolicy
+    runtime_directory: Path
+    host: str
+    port: int
+    plugin_directory: Path | None
+    read_threads: int
+
+
+class Stop:
+    """News: a signal asked the loader to end."""
+
+
+News = WorkerNews | Stop
+
+
+@dataclass(slots=True)
+class _Load:
+    """The workers of a load that is going on, and the ranks still missing."""
+
+    workers: list[WorkerProcess]
+    missing: set[int]
+    oom_kills: int = field(default_factory=system.oom_kills)
+
+
+class Supervisor:
+    """Runs a loader; `run` returns when a signal asks it to stop."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self._held: list[int] = []
+        self._state = LoaderState(
+            Settings(options.backend, options.policy, options.tensor_parallel_size),
+            system.process_start_time(),
+        )
+
+    def run(self) -> None:
+        """Load and hold. Raises LoaderError, having told waiting engines and the status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        if self._options.plugin_directory is not None:
+            copy_engine_side(self._options.plugin_directory)
+        directory = self._options.runtime_directory / HANDOVER_DIRECTORY
+        handover = self._open_handover(directory)
+        try:
+            lease = Lease(directory)
+            http = StatusServer(self._options.host, self._options.port, self._state)
+        except LoaderError:
+            handover.close()
+            raise
+        handover.start()
+        http.start()
+        try:
+            self._live(lease)
+        except LoaderError as error:
+            self._fail(error)
+            raise
+        finally:
+            handover.close()
+            http.close()
+            close_all(self._held)
+            lease.close()
+
+    def _open_handover(self, directory: Path) -> HandoverServer:
+        try:
+            prepare_directory(directory)
+            return HandoverServer(directory, ResidentWeights(self._state))
+        except (HandoverError, OSError) as error:
+            raise RuntimeDirectoryUnusable(
+                f"--runtime-dir {self._options.runtime_directory}: {error}"
+            ) from None
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        log("stopping", signal=signal.Signals(number).name)
+        self._news.put(Stop())
+
+    def _live(self, lease: Lease) -> None:
+        checkpoint = load_manifest(self._options.checkpoint)
+        check_ranks(checkpoint, self._options.tensor_parallel_size)
+        with self._state.changing():
+            self._state.checkpoint = checkpoint
+            self._state.ranks = _rank_states(checkpoint)
+            self._state.mark("manifestRead")
+        total = self._state.total_bytes
+        log("manifest-read", totalBytes=total, ranks=len(self._state.ranks))
+        if self._acquire(lease) and self._load(checkpoint, lease):
+            while not isinstance(self._news.get(), Stop):
+                pass  # what workers still say after a load is of no interest
+
+    def _acquire(self, lease: Lease) -> bool:
+        """Wait until nobody holds weights of an earlier loader; False when told to stop."""
+        if lease.acquire():
+            return True
+        message = (
+            "an engine still holds the weights of an earlier loader; loading again waits for "
+            "its end"
+        )
+        with self._state.changing():
+            self._state.enter(Phase.ORPHANED, message)
+            self._state.mark("orphaned")
+        log("orphaned", "warning", message=message)
+        while not lease.acquire():
+            try:
+                if isinstance(self._news.get(timeout=_LEASE_POLL_SECONDS), Stop):
+                    return False
+            except queue.Empty:
+                continue
+        log("lease-ended")
+        return True
+
+    def _load(self, checkpoint: Checkpoint, lease: Lease) -> bool:
+        """Load all ranks; False when told to stop meanwhile."""
+        if self._options.backend == "host":
+            system.check_memory(self._state.total_bytes)
+        with self._state.changing():
+            self._state.loads += 1
+            self._state.enter(Phase.LOADING, "reading weights")
+            self._state.mark("loadBegan")
+        load = self._start_workers()
+        try:
+            while load.missing:
+                news = self._news.get()
+                if isinstance(news, Stop):
+                    return False
+                self._take(news, load, checkpoint, lease)
+            with self._state.changing():
+                self._state.enter(Phase.READY, "weights are resident and verified")
+                self._state.mark("resident")
+        finally:
+            for worker in load.workers:
+                worker.stop()
+            self._drain()
+        log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
+        return True
+
+    def _start_workers(self) -> _Load:
+        options = self._options
+        told = WorkerOptions(
+            options.checkpoint, options.backend, options.policy, options.read_threads
+        )
+        load = _Load([], {rank.rank for rank in self._state.ranks})
+        for rank in self._state.ranks:
+            with self._state.changing():
+                rank.worker_started = time.time()
+            load.workers.append(WorkerProcess(rank.rank, told, self._news.put))
+        return load
+
+    def _drain(self) -> None:
+        """Close what workers handed in after the load was given up; keep a wish to stop."""
+        kept: list[Stop] = []
+        while not self._news.empty():
+            news = self._news.get()
+            if isinstance(news, Stop):
+                kept.append(news)
+            elif isinstance(news, WorkerEvent):
+                close_all(news.descriptors)
+        for stop in kept:
+            self._news.put(stop)
+
+    def _take(self, news: WorkerNews, load: _Load, checkpoint: Checkpoint, lease: Lease) -> None:
+        rank = self._state.ranks[news.rank]
+        if isinstance(news, WorkerEnded):
+            if rank.rank in load.missing:
+                raise _died(news, load)
+            return
+        message = news.message
+        if isinstance(message, Failed):
+            raise PUBLISHED.get(message.reason, InternalError)(message.message)
+        if isinstance(message, Filled):
+            self._hold(rank, message, news.descriptors, checkpoint, lease)
+            load.missing.discard(rank.rank)
+            return
+        with self._state.changing():
+            if isinstance(message, PathChosen):
+                rank.device, rank.path = message.device, message.report
+            if isinstance(message, Progressed):
+                rank.progress = message
+        if isinstance(message, PathChosen):
+            self._log_path(rank, message.report)
+
+    def _hold(
+        self,
+        rank: RankState,
+        filled: Filled,
+        descriptors: tuple[int, ...],
+        checkpoint: Checkpoint,
+        lease: Lease,
+    ) -> None:
+        self._held += descriptors
+        for descriptor in descriptors:
+            protect(self._options.backend, descriptor)
+        ready = _ready(rank.rank, checkpoint, filled)
+        with self._state.changing():
+            rank.verified_at = filled.verified_at
+            rank.offer = Offer(ready, (*descriptors, lease.descriptor))
+
+    def _log_path(self, rank: RankState, report: PathReport) -> None:
+        """Say which way the bytes take; a way worse than what was wished for is a warning."""
+        fallback = self._options.policy is PathPolicy.PREFER and not report.direct
+        level = "warning" if fallback or report.reason else "info"
+        fields: dict[str, object] = {"path": report.path, "reason": report.reason}
+        if self._options.policy is not PathPolicy.OFF:
+            fields |= {
+                "gpuDirect": report.direct,
+                "gpuDirectReason": report.direct_reason,
+                "gpuDirectMessage": report.direct_message,
+            }
+        log("path", level, rank=rank.rank, device=rank.device, **fields)
+
+    def _fail(self, error: LoaderError) -> None:
+        with self._state.changing():
+            self._state.reason = error.reason
+            self._state.enter(Phase.FAILED, str(error))
+        time.sleep(_FAREWELL_SECONDS)  # lets waiting engines receive the reason
+
+
+def _died(ended: WorkerEnded, load: _Load) -> LoaderError:
+    if ended.exit_code == -signal.SIGKILL and system.oom_kills() > load.oom_kills:
+        return OutOfMemory(
+            f"rank {ended.rank}: the kernel killed the worker for memory; raise "
+            "spec.loading.resources.limits.memory above the weights"
+        )
+    how = f"exit code {ended.exit_code}"
+    if ended.exit_code < 0:
+        how = f"signal {-ended.exit_code}"
+    return InternalError(f"rank {ended.rank}: the worker ended without a word ({how})")
+
+
+def _rank_states(checkpoint: Checkpoint) -> list[RankState]:
+    manifest = checkpoint.manifest
+    return [
+        RankState(rank, sum(part.data_bytes for part in manifest.rank_parts(rank)))
+        for rank in range(manifest.parallelism.ranks)
+    ]
+
+
+def _ready(rank: int, checkpoint: Checkpoint, filled: Filled) -> Ready:
+    parts = checkpoint.manifest.rank_parts(rank)
+    regions = tuple(
+        Region(
+            part=part.part,
+            nbytes=nbytes,
+            data_bytes=part.data_bytes,
+            tensors=tuple(
+                Tensor(item.name, item.dtype, item.shape, item.offset, item.nbytes)
+                for item in part.tensors
+            ),
+        )
+        for part, nbytes in zip(parts, filled.region_bytes, strict=True)
+    )
+    return Ready(rank, checkpoint.digest, regions)
+
+
+def _summary(ranks: list[RankState]) -> list[dict[str, object]]:
+    return [
+        {
+            "rank": rank.rank,
+            "bytes": rank.total_bytes,
+            "bytesPerSecond": rank.bytes_per_second and round(rank.bytes_per_second),
+            "path": rank.path.path if rank.path else None,
+        }
+        for rank in ranks
+    ]

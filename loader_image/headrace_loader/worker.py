@@ -1,0 +1,199 @@
+"""Fills the memory of one rank, passes its descriptors to the supervisor, and exits.
+
+Run by the supervisor as `python -m headrace_loader.worker`, with one end of a socket pair. A
+process of its own per rank lets each open one device and leave nothing behind on it.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from headrace_checkpoint.manifest import Manifest, Part
+from headrace_handover.channel import Channel, close_all
+from headrace_handover.errors import HandoverError
+from headrace_loader.backends import (
+    BackendOptions,
+    ChunkMismatch,
+    PartSource,
+    PathPolicy,
+    PathReport,
+    Region,
+    open_backend,
+)
+from headrace_loader.checkpoint import load_manifest
+from headrace_loader.errors import DigestMismatch, InternalError, LoaderError
+from headrace_loader.worker_protocol import (
+    Failed,
+    Filled,
+    Message,
+    PathChosen,
+    Progressed,
+    encode,
+)
+
+_REPORT_SECONDS = 0.1
+_SEND_SECONDS = 30.0
+_NAMED_TENSORS = 5
+
+
+class SupervisorLink:
+    """The worker's end of the socket pair; ends the process when the supervisor is gone."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._channel = Channel(socket.socket(fileno=descriptor), accept_descriptors=False)
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """Send a message; safe from any thread."""
+        with self._lock:
+            deadline = time.monotonic() + _SEND_SECONDS
+            self._channel.send(encode(message), descriptors, deadline=deadline)
+
+    def _watch(self) -> None:
+        try:
+            self._channel.receive(limit=1, deadline=None)
+        finally:
+            # Nobody waits for the weights any more; the memory must not outlive that.
+            os._exit(os.EX_UNAVAILABLE)
+
+
+class ProgressReporter:
+    """Counts what the backend reports and passes it on, ten times a second at most."""
+
+    def __init__(self, link: SupervisorLink, device: str) -> None:
+        self._link = link
+        self._device = device
+        self._lock = threading.Lock()
+        self._read = 0
+        self._verified = 0
+        self._began = time.time()
+        self._first_byte: float | None = None
+        self._last_byte: float | None = None
+        self._next_report = 0.0
+
+    def path(self, report: PathReport) -> None:
+        """Pass the path on; reading begins now."""
+        self._began = time.time()
+        self._link.send(PathChosen(self._device, report))
+
+    def read(self, nbytes: int) -> None:
+        """Count bytes read."""
+        with self._lock:
+            self._last_byte = time.time()
+            if self._first_byte is None:
+                self._first_byte = self._last_byte
+            self._read += nbytes
+            due = self._last_byte >= self._next_report
+            if due:
+                self._next_report = self._last_byte + _REPORT_SECONDS
+        if due:
+            self.send()
+
+    def verified(self, nbytes: int) -> None:
+        """Count bytes verified."""
+        with self._lock:
+            self._verified += nbytes
+
+    def send(self) -> None:
+        """Pass on the counts as they are."""
+        with self._lock:
+            message = Progressed(
+                self._read, self._verified, self._began, self._first_byte, self._last_byte
+            )
+        self._link.send(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Load one rank; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    link = SupervisorLink(options.socket)
+    try:
+        _load(options, link)
+    except LoaderError as error:
+        link.send(Failed(error.reason, str(error)))
+        return error.exit_code
+    except HandoverError:
+        return os.EX_UNAVAILABLE  # the supervisor is gone
+    except Exception as error:  # noqa: BLE001 - a defect still has to be reported
+        failure = InternalError(f"rank {options.rank}: {type(error).__name__}: {error}")
+        link.send(Failed(failure.reason, str(failure)))
+        return failure.exit_code
+    return 0
+
+
+def _load(options: argparse.Namespace, link: SupervisorLink) -> None:
+    directory: Path = options.checkpoint
+    manifest = load_manifest(directory).manifest
+    parts = manifest.rank_parts(options.rank)
+    backend = open_backend(
+        options.backend,
+        BackendOptions(options.rank, PathPolicy(options.path), options.read_threads),
+    )
+    progress = ProgressReporter(link, backend.device)
+    regions: list[Region] = [backend.allocate(part.data_bytes) for part in parts]
+    transfers = [
+        (region, _source(directory, manifest, part))
+        for region, part in zip(regions, parts, strict=True)
+    ]
+    try:
+        backend.fill(transfers, progress)
+    except ChunkMismatch as error:
+        raise _digest_mismatch(error, parts) from None
+    progress.send()
+    exported = [region.export() for region in regions]
+    filled = Filled(tuple(region.nbytes for region in regions), time.time())
+    for region in regions:
+        region.close()
+    link.send(filled, exported)
+    close_all(exported)
+    backend.close()
+
+
+def _source(directory: Path, manifest: Manifest, part: Part) -> PartSource:
+    return PartSource(
+        path=directory / part.file,
+        offset=part.data_offset,
+        nbytes=part.data_bytes,
+        chunk_bytes=manifest.chunk_bytes,
+        digest_algorithm=manifest.digest_algorithm,
+        digests=part.chunk_digests,
+    )
+
+
+def _digest_mismatch(error: ChunkMismatch, parts: Sequence[Part]) -> DigestMismatch:
+    source = error.source
+    begin, end = source.chunk_range(error.chunk)
+    part = next(part for part in parts if part.file == source.path.name)
+    names = [
+        tensor.name
+        for tensor in part.tensors
+        if tensor.offset < end and begin < tensor.offset + tensor.nbytes
+    ]
+    more = f" and {len(names) - _NAMED_TENSORS} more" if len(names) > _NAMED_TENSORS else ""
+    return DigestMismatch(
+        f"{source.path}: chunk {error.chunk} (data bytes {begin} to {end}, tensors "
+        f"{', '.join(names[:_NAMED_TENSORS])}{more}): {source.digest_algorithm} is "
+        f"{error.found}, the manifest says {source.digests[error.chunk]}; the file is damaged, "
+        "delete the checkpoint directory and shard the model again"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headrace_loader.worker", description=__doc__)
+    parser.add_argument("--socket", type=int, required=True, help="descriptor of a socket pair")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--path", required=True)
+    parser.add_argument("--read-threads", type=int, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

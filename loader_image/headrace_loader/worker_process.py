@@ -1,0 +1,108 @@
+"""The supervisor's view of a worker: started, listened to, ended."""
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace_handover.channel import Channel
+from headrace_handover.errors import HandoverError
+from headrace_loader.backends import PathPolicy
+from headrace_loader.errors import InternalError
+from headrace_loader.worker_protocol import MAX_LINE_BYTES, Filled, Message, decode
+
+_END_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What every worker of a load is told."""
+
+    checkpoint: Path
+    backend: str
+    policy: PathPolicy
+    read_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """A worker's message; descriptors come with `Filled` and belong to the receiver."""
+
+    rank: int
+    message: Message
+    descriptors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """A worker's process is gone; a negative code is the signal that ended it."""
+
+    rank: int
+    exit_code: int
+
+
+WorkerNews = WorkerEvent | WorkerEnded
+
+
+class WorkerProcess:
+    """One worker. Its news go to the function `news`, the last of them WorkerEnded."""
+
+    def __init__(
+        self, rank: int, options: WorkerOptions, news: Callable[[WorkerNews], None]
+    ) -> None:
+        self.rank = rank
+        self._news = news
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._process = subprocess.Popen(
+                _command(rank, options, theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        self._channel = Channel(ours, accept_descriptors=True)
+        self._thread = threading.Thread(target=self._listen, name=f"worker-{rank}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Kill the worker unless it has ended, and wait for it."""
+        self._process.kill()
+        self._thread.join(_END_SECONDS)
+
+    def _listen(self) -> None:
+        try:
+            self._receive_all()
+        except (HandoverError, InternalError) as error:
+            sys.stderr.write(f"worker of rank {self.rank}: {error}\n")
+            self._process.kill()
+        finally:
+            self._channel.close()
+            self._news(WorkerEnded(self.rank, self._process.wait()))
+
+    def _receive_all(self) -> None:
+        while True:
+            line = self._channel.receive(limit=MAX_LINE_BYTES, deadline=None)
+            if line is None:
+                return
+            message = decode(line)
+            descriptors: tuple[int, ...] = ()
+            if isinstance(message, Filled):
+                count = len(message.region_bytes)
+                descriptors = tuple(self._channel.take_descriptors(count))
+            self._news(WorkerEvent(self.rank, message, descriptors))
+
+
+def _command(rank: int, options: WorkerOptions, descriptor: int) -> Sequence[str]:
+    return [
+        sys.executable,
+        "-m",
+        "headrace_loader.worker",
+        f"--socket={descriptor}",
+        f"--checkpoint={options.checkpoint}",
+        f"--rank={rank}",
+        f"--backend={options.backend}",
+        f"--path={options.policy}",
+        f"--read-threads={options.read_threads}",
+    ]

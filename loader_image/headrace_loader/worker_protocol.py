@@ -1,0 +1,74 @@
+"""What a worker tells its supervisor: lines of JSON, the last with the regions' descriptors.
+
+Both ends are the same version of the same program, so decoding checks shape, not rules.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+from headrace_loader.backends import PathReport
+from headrace_loader.errors import InternalError
+
+MAX_LINE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PathChosen:
+    """The device is open and the way of the bytes is known."""
+
+    device: str
+    report: PathReport
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """Bytes so far; Unix times of the begin of reading, its first and its latest byte."""
+
+    read: int
+    verified: int
+    began: float
+    first_byte: float | None
+    last_byte: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Everything is resident and verified; one descriptor per part comes along."""
+
+    region_bytes: tuple[int, ...]
+    verified_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The load failed; `reason` names a class of headrace_loader.errors."""
+
+    reason: str
+    message: str
+
+
+Message = PathChosen | Progressed | Filled | Failed
+
+_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (PathChosen, Progressed, Filled, Failed)
+}
+
+
+def encode(message: Message) -> bytes:
+    """Return the line to send."""
+    content = {"kind": type(message).__name__, **asdict(message)}
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """Parse a line; raises InternalError."""
+    try:
+        content = json.loads(line)
+        kind = _KINDS[content.pop("kind")]
+        if kind is PathChosen:
+            content["report"] = PathReport(**content["report"])
+        if kind is Filled:
+            content["region_bytes"] = tuple(content["region_bytes"])
+        return kind(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InternalError(f"a worker sent {line[:80]!r}: {error}") from None

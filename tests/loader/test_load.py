@@ -1,0 +1,211 @@
+"""Loading: what ends in memory equals the files, and the status tells how it came there."""
+
+import fcntl
+import mmap
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from headrace_handover import attach
+
+TWO_PARTS = (
+    (("a", "F32", (5000,)), ("b", "BF16", (3000,))),
+    (("c", "U8", (70001,)), ("scale", "F32", ())),
+)
+
+
+def mapped(item: Any) -> mmap.mmap:
+    return mmap.mmap(item.descriptor, item.region.nbytes, prot=mmap.PROT_READ)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "multilinear64"])
+def test_every_rank_and_part_equals_its_file(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path, algorithm: str
+) -> None:
+    directory = tmp_path / "checkpoint"
+    manifest = support.make_checkpoint(directory, ranks=2, parts=TWO_PARTS, algorithm=algorithm)
+    loader = start_loader(directory, "--tensor-parallel-size", "2")
+    loader.until_phase("Ready")
+    for rank in (0, 1):
+        with attach(loader.socket, rank=rank, device="host", timeout=10) as attachment:
+            parts = manifest.rank_parts(rank)
+            assert [item.region.part for item in attachment.regions] == [0, 1]
+            for item, part in zip(attachment.regions, parts, strict=True):
+                with mapped(item) as memory:
+                    expected = support.part_data(directory, part)
+                    assert memory[: part.data_bytes] == expected
+                    assert not any(memory[part.data_bytes :])
+                names = [(tensor.name, tensor.offset) for tensor in item.region.tensors]
+                assert names == [(entry.name, entry.offset) for entry in part.tensors]
+
+
+def test_memory_is_sealed(support: Any, start_loader: Callable[..., Any], tmp_path: Path) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    with attach(loader.socket, rank=0, device="host", timeout=60) as attachment:
+        descriptor = attachment.regions[0].descriptor
+        with pytest.raises(PermissionError):
+            os.pwrite(descriptor, b"x", 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, 0)
+        with pytest.raises(PermissionError):
+            mmap.mmap(descriptor, 4096)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, 0)
+
+
+def test_status_tells_sizes_path_rates_and_times(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = time.time()
+    manifest = support.make_checkpoint(tmp_path / "checkpoint", ranks=2, parts=TWO_PARTS)
+    loader = start_loader(
+        tmp_path / "checkpoint", "--tensor-parallel-size", "2", "--path", "Prefer"
+    )
+    status = loader.until_phase("Ready")
+    assert status["totalBytes"] == status["readBytes"] == manifest.total_bytes
+    assert status["bytesPerSecond"] > 0
+    assert status["directPath"] == {
+        "policy": "Prefer",
+        "active": False,
+        "reason": "HostBackend",
+        "message": "host memory has no GPUDirect path",
+    }
+    assert status["checkpoint"]["architecture"] == "TestForCausalLM"
+    timeline = status["timeline"]
+    for rank in status["ranks"]:
+        assert rank["resident"]
+        assert rank["verifiedBytes"] == rank["readBytes"] == rank["totalBytes"]
+        assert rank["path"] in ("O_DIRECT", "buffered")
+        assert (rank["path"] == "buffered") == bool(rank["pathReason"])
+        times = rank["times"]
+        order = [
+            before - 0.1,
+            timeline["processStarted"],
+            timeline["manifestRead"],
+            times["workerStarted"],
+            times["readBegan"],
+            times["firstByte"],
+            times["lastByte"],
+            times["verified"],
+            timeline["resident"],
+            time.time(),
+        ]
+        assert order == sorted(order)
+
+
+def test_metrics_agree_with_the_status(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint", "--path", "Prefer")
+    loader.until_phase("Ready")
+    with attach(loader.socket, rank=0, device="host", timeout=10):
+        loader.until(lambda status: status["engines"])
+        text = loader.get("/metrics").text
+    samples = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["headrace_loader_phase", ("phase", "Ready")] == 1
+    assert samples["headrace_loader_phase", ("phase", "Loading")] == 0
+    rank = ("rank", "0")
+    assert samples["headrace_loader_rank_verified_bytes", rank] == manifest.total_bytes
+    assert samples["headrace_loader_rank_resident", rank] == 1
+    assert samples["headrace_loader_attached_engines",] == 1
+    assert samples["headrace_loader_attachments_total",] == 1
+    fallback = ("headrace_loader_direct_path_fallback", rank, ("reason", "HostBackend"))
+    assert samples[fallback[0], *sorted(fallback[1:])] == 1
+
+
+def test_prefer_falls_back_loudly_and_off_is_silent(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    prefer = start_loader(tmp_path / "checkpoint", "--path", "Prefer")
+    off = start_loader(tmp_path / "checkpoint", "--path", "Off")
+    prefer.until_phase("Ready")
+    status = off.until_phase("Ready")
+    (event,) = [event for event in prefer.events() if event["event"] == "path"]
+    assert (event["level"], event["gpuDirectReason"]) == ("warning", "HostBackend")
+    (event,) = [event for event in off.events() if event["event"] == "path"]
+    assert "gpuDirect" not in event
+    assert status["directPath"]["reason"] == "PolicyOff"
+    assert "direct_path_fallback{" in prefer.get("/metrics").text
+    assert "direct_path_fallback{" not in off.get("/metrics").text
+
+
+def test_with_a_mocked_refusal_of_direct_io_reading_is_buffered_and_said_so(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    # File systems that refuse are rare (some FUSE and overlay ones), so open(2) refuses here.
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text(
+        "import os\n"
+        "real = os.open\n"
+        "def refuse(path, flags, *rest, **named):\n"
+        "    if flags & os.O_DIRECT:\n"
+        "        raise OSError(22, 'Invalid argument')\n"
+        "    return real(path, flags, *rest, **named)\n"
+        "os.open = refuse\n"
+    )
+    support.make_checkpoint(tmp_path / "checkpoint", parts=TWO_PARTS)
+    loader = start_loader(tmp_path / "checkpoint", PYTHONPATH=str(shim))
+    (rank,) = loader.until_phase("Ready")["ranks"]
+    assert rank["path"] == "buffered"
+    assert rank["pathReason"] == "the file system refuses O_DIRECT: Invalid argument"
+    (event,) = [event for event in loader.events() if event["event"] == "path"]
+    assert event["level"] == "warning"
+
+
+def test_probes(support: Any, start_loader: Callable[..., Any], tmp_path: Path) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until(lambda _: True)
+    assert loader.get("/healthz").code == 200
+    loader.until_phase("Ready")
+    ready = loader.get("/readyz")
+    assert (ready.code, ready.text) == (200, "Ready: weights are resident and verified\n")
+    assert loader.get("/nothing").code == 404
+
+
+def test_not_ready_while_loading(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors").unlink()
+    os.mkfifo(tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors")  # opening it blocks
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until_phase("Loading")
+    ready = loader.get("/readyz")
+    assert ready.code == 503
+    assert re.fullmatch(r"Loading: reading weights \(0 of \d+ bytes\)\n", ready.text)
+    assert loader.get("/healthz").code == 200
+    begin = time.monotonic()
+    assert loader.terminate() == 0
+    assert time.monotonic() - begin < 5
+
+
+def test_sigterm_ends_quickly_and_cleanly(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until_phase("Ready")
+    with attach(loader.socket, rank=0, device="host", timeout=10) as attachment:
+        begin = time.monotonic()
+        assert loader.terminate() == 0
+        assert time.monotonic() - begin < 5
+        assert not loader.socket.exists()
+        with mapped(attachment.regions[0]) as memory:
+            assert any(memory)
+    assert [event["event"] for event in loader.events()][-2:] == ["stopping", "stopped"]
+    assert not loader.termination_log.exists()
