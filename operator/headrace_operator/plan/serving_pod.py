@@ -192,6 +192,8 @@ def _engine_env(spec: ModelDeploymentSpec) -> list[dict[str, Any]]:
         "HEADRACE_SOCKET": _SOCKET,
         "PYTHONPATH": _PLUGIN_PATH,
         "HOME": TMP_PATH,
+        # torch asks for the user's name, and the user has no entry in the image's passwd.
+        "USER": "headrace",
         # Everything the engine needs is on the volume.
         "HF_HUB_OFFLINE": "1",
     }

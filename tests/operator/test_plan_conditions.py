@@ -1,0 +1,469 @@
+"""What users read in the conditions, state by state."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace_operator.plan import Observed, Rejection
+
+RUNNING = {"startedAt": "2026-11-24T11:59:30Z"}
+OOM = {"exitCode": 137, "reason": "OOMKilled"}
+CRASH = {"exitCode": 1, "reason": "Error"}
+GPU = {"gpu": {"sharing": "ResourceClaim"}, "loading": {"path": "Require"}}
+WHOLE_NODE = {
+    "gpu": {"sharing": "WholeNode"},
+    "loading": {"path": "Prefer"},
+    "parallelism": {"tensorParallelSize": 2},
+}
+STATIC = {
+    "volume": {
+        "existingClaim": None,
+        "static": {"fileSystemId": "fs-01234567", "dnsName": "d", "capacityGiB": 1},
+    }
+}
+DYNAMIC = {
+    "volume": {"existingClaim": None, "dynamic": {"storageClassName": "x", "capacityGiB": 1200}}
+}
+
+
+def own(reason: str, message: str, exit_code: int = 65, **more: Any) -> dict[str, Any]:
+    import json
+
+    body = json.dumps({"reason": reason, "message": message, **more})
+    return {"exitCode": exit_code, "reason": "Error", "message": body}
+
+
+def expect(condition: dict[str, Any], status: str, reason: str, *fragments: str) -> None:
+    assert (condition["status"], condition["reason"]) == (status, reason), condition
+    for fragment in fragments:
+        assert fragment in condition["message"], condition
+
+
+@pytest.mark.parametrize(
+    ("spec", "claim", "status", "reason", "fragment"),
+    [
+        ({}, None, "False", "ClaimNotFound", '"weights": there is no such claim in namespace ns'),
+        ({}, {}, "True", "Bound", "claim weights is bound to pv"),
+        ({}, {"phase": "Pending"}, "False", "ClaimPending", "not bound yet"),
+        ({}, {"phase": "Lost"}, "False", "ClaimLost", "restore"),
+        ({}, {"accessModes": ["ReadOnlyMany"]}, "False", "ClaimReadOnly", "ReadOnlyMany"),
+        (DYNAMIC, None, "False", "DynamicProvisioningUnsupported", "spec.volume.static"),
+        (STATIC, None, "False", "ClaimCreating", "tiny-weights"),
+        (STATIC, {"name": "tiny-weights"}, "True", "Bound", "tiny-weights"),
+    ],
+)
+def test_volume_ready(
+    build: SimpleNamespace, spec: Any, claim: Any, status: str, reason: str, fragment: str
+) -> None:
+    observed = Observed(claim=None if claim is None else build.claim(**claim))
+    conditions = build.conditions(build.resource(spec), observed)
+    expect(conditions["VolumeReady"], status, reason, fragment)
+    if status == "False":
+        expect(conditions["Ready"], status, reason, fragment)
+
+
+def test_a_pending_claim_gets_the_shard_job_that_its_storage_class_may_wait_for(
+    build: SimpleNamespace,
+) -> None:
+    observed = Observed(claim=build.claim(phase="Pending"), source_claim=build.claim("models"))
+    assert [d.body["kind"] for d in build.plan(build.resource(), observed).apply] == ["Job"]
+
+
+def test_a_claim_that_is_missing_or_lost_gets_none(build: SimpleNamespace) -> None:
+    for claim in (None, build.claim(phase="Lost"), build.claim(accessModes=["ReadOnlyMany"])):
+        observed = Observed(claim=claim, source_claim=build.claim("models"))
+        assert build.plan(build.resource(), observed).apply == ()
+
+
+def test_a_missing_source_claim_is_named(build: SimpleNamespace) -> None:
+    result = build.conditions(build.resource(), Observed(claim=build.claim()))
+    expect(result["CheckpointReady"], "False", "SourceClaimNotFound", "models", "pvc://models/")
+
+
+SHARDER_REASONS = [
+    "SourceNotFound",
+    "ConfigInvalid",
+    "ArchitectureUnsupported",
+    "ParallelismInvalid",
+    "SourceCorrupt",
+    "TensorMissing",
+    "NoSpaceOnVolume",
+    "VolumeReadOnly",
+    "StorageError",
+    "CheckpointConflict",
+    "Interrupted",
+    "InternalError",
+]
+
+
+@pytest.mark.parametrize("reason", SHARDER_REASONS)
+def test_the_reason_of_a_failed_shard_job_is_the_sharders(
+    build: SimpleNamespace, reason: str
+) -> None:
+    resource = build.resource()
+    failed = build.condition("Failed", reason="PodFailurePolicy", message="exit code 65")
+    ended = build.container("shard", terminated=own(reason, "spec.x: 3: bad"))
+    observed = build.world(
+        resource, jobs=(build.job(resource, failed),), pods=(build.job_pod(ended, phase="Failed"),)
+    )
+    where = ("pod shard-a", "container shard", "spec.x: 3: bad", "delete the Job")
+    conditions = build.conditions(resource, observed)
+    expect(conditions["CheckpointReady"], "False", reason, *where)
+    expect(conditions["Ready"], "False", reason, *where)
+    assert build.plan(resource, observed).delete == ()
+
+
+def test_the_cause_outlives_the_pods_of_the_failed_job(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    job = build.job(resource, build.condition("Failed", reason="PodFailurePolicy"))
+    ended = build.container("shard", terminated=own("ConfigInvalid", "no architectures"))
+    first = build.plan(resource, build.world(resource, jobs=(job,), pods=(build.job_pod(ended),)))
+    later = {**resource, "status": first.status["status"]}
+    conditions = build.conditions(later, build.world(resource, jobs=(job,)))
+    expect(conditions["CheckpointReady"], "False", "ConfigInvalid", "no architectures")
+    fresh = build.conditions(resource, build.world(resource, jobs=(job,)))
+    expect(fresh["CheckpointReady"], "False", "PodFailurePolicy")
+
+
+@pytest.mark.parametrize(
+    ("container", "fields", "reason", "fragment"),
+    [
+        ({"waiting": {"reason": "ErrImageNeverPull", "message": "absent"}}, {}, None, "absent"),
+        ({"waiting": {"reason": "ImagePullBackOff"}}, {}, None, "container shard"),
+        ({"waiting": {"reason": "CreateContainerConfigError"}}, {}, None, "container shard"),
+        ({"terminated": OOM}, {}, "OOMKilled", "exit code 137"),
+        ({"terminated": CRASH}, {}, "ShardFailed", "exit code 1"),
+        ({"terminated": own("NoSpaceOnVolume", "full", 75)}, {}, "NoSpaceOnVolume", "2 of 4"),
+        ({}, {"phase": "Failed", "reason": "Evicted"}, "Evicted", "pod shard-a"),
+        (
+            {},
+            {
+                "conditions": (
+                    {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "reason": "Unschedulable",
+                        "message": "0/3 nodes are available",
+                    },
+                )
+            },
+            "Unschedulable",
+            "0/3 nodes",
+        ),
+    ],
+)
+def test_failures_of_a_running_shard_job(
+    build: SimpleNamespace, container: Any, fields: Any, reason: str | None, fragment: str
+) -> None:
+    resource = build.resource()
+    fields = dict(fields)
+    status_reason = fields.pop("reason", None)
+    conditions = fields.pop("conditions", None)
+    made = build.job_pod(build.container("shard", **container), **fields)
+    if status_reason:
+        made["status"]["reason"] = status_reason
+    if conditions:
+        made["status"]["conditions"] = list(conditions)
+    observed = build.world(resource, jobs=(build.job(resource, failed=1),), pods=(made,))
+    expected = reason or container["waiting"]["reason"]
+    result = build.conditions(resource, observed)["CheckpointReady"]
+    expect(result, "False", expected, fragment, "attempt 2 of 4")
+
+
+def test_a_warning_event_tells_why_a_pod_stands_still(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    waiting = build.container("shard", waiting={"reason": "ContainerCreating"})
+    stuck = build.job_pod(waiting, phase="Pending")
+    event = {"reason": "FailedMount", "message": "mount.lustre failed"}
+    observed = build.world(
+        resource,
+        jobs=(build.job(resource),),
+        pods=(stuck,),
+        warnings={"uid-shard-a": event},
+    )
+    result = build.conditions(resource, observed)["CheckpointReady"]
+    expect(result, "False", "FailedMount", "pod shard-a", "mount.lustre failed")
+
+
+def test_a_warning_event_tells_why_a_job_has_no_pod(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    event = {"reason": "FailedCreate", "message": "exceeded quota"}
+    observed = build.world(resource, jobs=(build.job(resource),), warnings={"uid-job": event})
+    expect(
+        build.conditions(resource, observed)["CheckpointReady"],
+        "False",
+        "FailedCreate",
+        "exceeded quota",
+    )
+
+
+@pytest.mark.parametrize(
+    ("conditions", "pods", "status", "reason"),
+    [
+        ((), 0, "False", "ShardJobStarting"),
+        ((), 1, "False", "Sharding"),
+        (("Suspended",), 0, "False", "ShardJobSuspended"),
+        (("Complete",), 0, "True", "Published"),
+    ],
+)
+def test_progress_of_the_shard_job(
+    build: SimpleNamespace, conditions: Any, pods: int, status: str, reason: str
+) -> None:
+    resource = build.resource()
+    job = build.job(resource, *map(build.condition, conditions))
+    running = tuple(build.job_pod(build.container("shard", running=RUNNING)) for _ in range(pods))
+    observed = build.world(resource, jobs=(job,), pods=running)
+    expect(build.conditions(resource, observed)["CheckpointReady"], status, reason)
+
+
+def test_a_published_checkpoint_has_its_size_and_keeps_it(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    done = own("AlreadyPublished", "it is there", 0, totalBytes=123)
+    finished = build.job_pod(build.container("shard", terminated=done), phase="Succeeded")
+    first = build.plan(resource, build.world(resource, pods=(finished,))).status["status"]
+    assert first["checkpoint"]["totalBytes"] == 123
+    assert first["conditions"][1]["reason"] == "AlreadyPublished"
+    later = build.plan({**resource, "status": first}, build.world(resource)).status["status"]
+    assert later["checkpoint"]["totalBytes"] == 123
+    other = build.resource({"model": {"revision": "other"}}, **first)
+    changed = build.plan(other, build.world(other)).status["status"]
+    assert "totalBytes" not in changed["checkpoint"]
+
+
+HELD = {"ready": True, "running": RUNNING}
+LOADING = {"running": RUNNING}
+STARTING: dict[str, Any] = {"waiting": {"reason": "PodInitializing"}}
+
+
+@pytest.mark.parametrize(
+    ("loader", "engine", "ready", "resident", "available", "summary"),
+    [
+        (STARTING, STARTING, 0, ("False", "PodsStarting"), "WaitingForWeights", "PodsStarting"),
+        (LOADING, STARTING, 0, ("False", "Loading"), "WaitingForWeights", "Loading"),
+        (HELD, LOADING, 0, ("True", "Resident"), "EngineStarting", "EngineStarting"),
+        (HELD, HELD, 1, ("True", "Resident"), "Serving", "Serving"),
+        (
+            {
+                "restarts": 1,
+                "last": own("DigestMismatch", "part 0"),
+                "running": RUNNING,
+            },
+            STARTING,
+            0,
+            ("False", "DigestMismatch"),
+            "WaitingForWeights",
+            "DigestMismatch",
+        ),
+        (
+            {"restarts": 1, "last": {"exitCode": 137, "reason": "Error"}, "running": RUNNING},
+            STARTING,
+            0,
+            ("False", "LoaderFailed"),
+            "WaitingForWeights",
+            "LoaderFailed",
+        ),
+        (
+            {"restarts": 4, "last": CRASH, "waiting": {"reason": "CrashLoopBackOff"}},
+            STARTING,
+            0,
+            ("False", "CrashLoopBackOff"),
+            "WaitingForWeights",
+            "CrashLoopBackOff",
+        ),
+        (
+            HELD,
+            {"restarts": 1, "last": CRASH, "running": RUNNING},
+            0,
+            ("True", "Resident"),
+            "EngineFailed",
+            "EngineFailed",
+        ),
+        (
+            HELD,
+            {"waiting": {"reason": "ErrImageNeverPull", "message": "no image vllm:cpu"}},
+            0,
+            ("True", "Resident"),
+            "ErrImageNeverPull",
+            "ErrImageNeverPull",
+        ),
+    ],
+)
+def test_conditions_of_a_serving_pod(
+    build: SimpleNamespace,
+    loader: Any,
+    engine: Any,
+    ready: int,
+    resident: tuple[str, str],
+    available: str,
+    summary: str,
+) -> None:
+    resource = build.resource()
+    pod = build.serving_pod(
+        resource, build.container("loader", **loader), build.container("engine", **engine)
+    )
+    observed = build.world(resource, deployment=build.deployment(resource, ready), pods=(pod,))
+    conditions = build.conditions(resource, observed)
+    expect(conditions["WeightsResident"], *resident)
+    status = "True" if ready else "False"
+    expect(conditions["Available"], status, available)
+    expect(conditions["Ready"], status, summary)
+
+
+def test_one_failing_replica_of_two_keeps_ready_but_not_available_from_holding(
+    build: SimpleNamespace,
+) -> None:
+    resource = build.resource({"replicas": 2})
+    engines = [
+        {"ready": True, "running": RUNNING},
+        {"restarts": 3, "last": CRASH, "waiting": {"reason": "CrashLoopBackOff"}},
+    ]
+    pods = tuple(
+        build.serving_pod(
+            resource,
+            build.container("loader", **HELD),
+            build.container("engine", **engine),
+            name=f"serve-{n}",
+        )
+        for n, engine in enumerate(engines)
+    )
+    observed = build.world(resource, deployment=build.deployment(resource, 1), pods=pods)
+    conditions = build.conditions(resource, observed)
+    expect(conditions["WeightsResident"], "True", "Resident", "2 of 2")
+    expect(conditions["Available"], "True", "Serving", "1 of 2")
+    expect(conditions["Ready"], "False", "CrashLoopBackOff", "pod serve-1, container engine")
+
+
+def test_ready_waits_for_the_last_old_pod(build: SimpleNamespace) -> None:
+    resource = build.resource({"replicas": 2})
+    pods = tuple(
+        build.serving_pod(
+            resource,
+            build.container("loader", **HELD),
+            build.container("engine", **HELD),
+            name=f"serve-{n}",
+        )
+        for n in range(2)
+    )
+    for field, value in (("updatedReplicas", 1), ("replicas", 3), ("observedGeneration", 0)):
+        deployment = build.deployment(resource, **{field: value})
+        conditions = build.conditions(
+            resource, build.world(resource, deployment=deployment, pods=pods)
+        )
+        expect(conditions["Ready"], "False", "RollingOut", "2 of 2")
+    done = build.world(resource, deployment=build.deployment(resource), pods=pods)
+    expect(build.conditions(resource, done)["Ready"], "True", "Serving")
+
+
+def test_weights_of_another_checkpoint_do_not_count(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    pod = build.serving_pod(
+        resource,
+        build.container("loader", **HELD),
+        build.container("engine", **HELD),
+        annotations={"headrace.dev/checkpoint-key": "another"},
+    )
+    observed = build.world(resource, deployment=build.deployment(resource), pods=(pod,))
+    expect(
+        build.conditions(resource, observed)["WeightsResident"], "False", "PodsStarting", "0 of 1"
+    )
+
+
+def test_zero_replicas_are_ready_once_the_checkpoint_is(build: SimpleNamespace) -> None:
+    resource = build.resource({"replicas": 0})
+    sharding = build.world(resource, jobs=(build.job(resource),))
+    conditions = build.conditions(resource, sharding)
+    expect(conditions["Available"], "False", "WaitingForWeights")
+    expect(conditions["Ready"], "False", "ShardJobStarting")
+    done = build.world(resource, deployment=build.deployment(resource))
+    conditions = build.conditions(resource, done)
+    for kind in ("WeightsResident", "Available", "Ready"):
+        expect(conditions[kind], "True", "ScaledToZero")
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "reason", "fragment"),
+    [
+        (GPU, {"dra_served": False}, "DraUnavailable", "resource.k8s.io/v1"),
+        (WHOLE_NODE, {"gpus_of_nodes": frozenset({4, 8})}, "PartialNodeWithoutDRA", "4, 8"),
+    ],
+)
+def test_a_pod_that_cannot_share_its_gpus_is_refused(
+    build: SimpleNamespace, spec: Any, fields: Any, reason: str, fragment: str
+) -> None:
+    resource = build.resource(spec)
+    observed = build.world(resource, **fields)
+    conditions = build.conditions(resource, observed)
+    expect(conditions["CheckpointReady"], "True", "Published")
+    expect(conditions["WeightsResident"], "False", reason, fragment, "spec.")
+    assert build.plan(resource, observed).apply == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields"),
+    [
+        (GPU, {"dra_served": True}),
+        (GPU, {"dra_served": None}),
+        (WHOLE_NODE, {"gpus_of_nodes": frozenset({2, 8})}),
+        (WHOLE_NODE, {"gpus_of_nodes": frozenset()}),
+        (WHOLE_NODE, {"gpus_of_nodes": None}),
+    ],
+)
+def test_what_is_not_known_to_be_impossible_is_tried(
+    build: SimpleNamespace, spec: Any, fields: Any
+) -> None:
+    resource = build.resource(spec)
+    kinds = {d.body["kind"] for d in build.plan(resource, build.world(resource, **fields)).apply}
+    assert {"Deployment", "Service"} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("kind", "condition"),
+    [
+        ("PersistentVolumeClaim", "VolumeReady"),
+        ("Job", "CheckpointReady"),
+        ("Deployment", "WeightsResident"),
+        ("ResourceClaimTemplate", "WeightsResident"),
+        ("Service", "Available"),
+    ],
+)
+def test_a_rejected_child_is_named(build: SimpleNamespace, kind: str, condition: str) -> None:
+    resource = build.resource()
+    rejections = (Rejection(kind, "child", "Invalid", "spec.x: 1: must be 2"),)
+    jobs = {"jobs": ()} if kind == "Job" else {}
+    observed = build.world(resource, rejections=rejections, **jobs)
+    result = build.conditions(resource, observed)[condition]
+    expect(result, "False", f"{kind}Invalid", f"{kind} child", "spec.x: 1: must be 2")
+
+
+def test_pods_that_cannot_be_made_are_explained(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    deployment = build.deployment(resource, 0)
+    message = 'pods "x" is forbidden: violates PodSecurity'
+    deployment["status"]["conditions"] = [build.condition("ReplicaFailure", message=message)]
+    result = build.conditions(resource, build.world(resource, deployment=deployment))
+    expect(result["WeightsResident"], "False", "PodsRejected", "violates PodSecurity")
+
+
+def test_direct_path(build: SimpleNamespace) -> None:
+    host = build.resource()
+    expect(build.conditions(host, Observed())["DirectPath"], "False", "Off")
+    gpu = build.resource(GPU)
+    expect(build.conditions(gpu, Observed())["DirectPath"], "Unknown", "NotReported")
+    loader = build.container(
+        "loader", last=own("DirectPathUnavailable", "no nvidia-fs"), restarts=1, running=RUNNING
+    )
+    pod = build.serving_pod(gpu, loader, build.container("engine", **STARTING))
+    observed = build.world(gpu, deployment=build.deployment(gpu, 0), pods=(pod,))
+    conditions = build.conditions(gpu, observed)
+    expect(conditions["DirectPath"], "False", "DirectPathUnavailable", "no nvidia-fs")
+    expect(conditions["WeightsResident"], "False", "DirectPathUnavailable")
+
+
+def test_a_spec_that_cannot_be_read_is_a_condition(build: SimpleNamespace) -> None:
+    resource = build.resource({"replicas": "many"})
+    result = build.plan(resource, Observed())
+    conditions = {c["type"]: c for c in result.status["status"]["conditions"]}
+    expect(conditions["Ready"], "False", "SpecInvalid", "spec.replicas")
+    expect(conditions["VolumeReady"], "Unknown", "SpecInvalid")
+    assert result.apply == ()

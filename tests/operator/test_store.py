@@ -1,0 +1,108 @@
+"""The store: the newest version wins, listings repair it, a dead watch is noticed."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace_operator.cluster.api import Listing
+from headrace_operator.cluster.kinds import JOB, MODEL_DEPLOYMENT
+from headrace_operator.cluster.store import Key, Store
+
+OWNER = Key("ns", "tiny")
+
+
+def job(name: str, version: int, owner: str = "tiny") -> dict[str, Any]:
+    labels = {"headrace.dev/model-deployment": owner}
+    metadata = {"name": name, "namespace": "ns", "resourceVersion": str(version), "labels": labels}
+    return {"metadata": {**metadata, "managedFields": [{"manager": "x"}]}}
+
+
+def versions(store: Store, owner: Key = OWNER) -> dict[str, int]:
+    found = store.children(JOB, owner)
+    return {j["metadata"]["name"]: int(j["metadata"]["resourceVersion"]) for j in found}
+
+
+def test_events_and_writes_are_kept_by_version() -> None:
+    store = Store([MODEL_DEPLOYMENT, JOB])
+    assert store.observe(JOB, job("a", 5), gone=False) == OWNER
+    store.put(JOB, job("a", 7))
+    store.observe(JOB, job("a", 6), gone=False)
+    assert versions(store) == {"a": 7}
+    assert "managedFields" not in next(iter(store.children(JOB, OWNER)))["metadata"]
+    store.observe(JOB, job("a", 8), gone=True)
+    assert versions(store) == {}
+    store.put(JOB, job("a", 7))  # the answer to a write that was overtaken
+    assert versions(store) == {}
+
+
+def test_an_object_follows_its_label() -> None:
+    store = Store([JOB])
+    store.observe(JOB, job("a", 1), gone=False)
+    assert store.observe(JOB, job("a", 2, "other"), gone=False) == Key("ns", "other")
+    assert versions(store) == {}
+    assert versions(store, Key("ns", "other")) == {"a": 2}
+
+
+def test_a_listing_removes_what_is_gone_and_tells_whose_it_was() -> None:
+    store = Store([JOB])
+    store.observe(JOB, job("a", 1), gone=False)
+    store.observe(JOB, job("b", 2, "other"), gone=False)
+    store.observe(JOB, job("new", 9), gone=False)  # newer than the listing
+    assert store.replace(JOB, Listing([job("a", 1)], 5)) == {Key("ns", "other")}
+    assert versions(store) == {"a": 1, "new": 9}
+
+
+def test_an_old_listing_brings_nothing_back() -> None:
+    store = Store([JOB])
+    store.observe(JOB, job("a", 1), gone=False)
+    store.observe(JOB, job("a", 6), gone=True)
+    store.replace(JOB, Listing([job("a", 1)], 5))
+    assert versions(store) == {}
+
+
+def test_a_watch_that_misses_what_two_listings_showed_is_behind() -> None:
+    store = Store([JOB])
+    store.observe(JOB, job("a", 3), gone=False)
+    store.replace(JOB, Listing([job("a", 4)], 4))
+    assert not store.is_behind(JOB)  # it may still come
+    store.replace(JOB, Listing([job("a", 4)], 4))
+    assert store.is_behind(JOB)
+    store.observe(JOB, job("a", 4), gone=False)
+    assert not store.is_behind(JOB)
+
+
+def test_own_writes_do_not_hide_a_dead_watch() -> None:
+    store = Store([JOB])
+    store.put(JOB, job("a", 4))
+    for _ in range(2):
+        store.replace(JOB, Listing([job("a", 4)], 4))
+    assert store.is_behind(JOB)
+
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from(["put", "gone", "list"])), max_size=12
+)
+
+
+@given(EVENTS, st.randoms(use_true_random=False))
+def test_any_order_of_events_and_listings_ends_with_the_truth(
+    events: list[tuple[str, str]], random: Any
+) -> None:
+    """The history of a server, delivered per object in order, listings late or early."""
+    store, truth, pending = Store([JOB]), {}, []
+    for version, (name, what) in enumerate(events, start=1):
+        if what == "put":
+            truth[name] = version
+            pending.append(lambda n=name, v=version: store.observe(JOB, job(n, v), gone=False))
+        elif what == "gone" and name in truth:
+            del truth[name]
+            pending.append(lambda n=name, v=version: store.observe(JOB, job(n, v), gone=True))
+        elif what == "list":
+            listing = Listing([job(n, v) for n, v in truth.items()], version)
+            pending.insert(
+                random.randint(0, len(pending)), lambda li=listing: store.replace(JOB, li)
+            )
+    for deliver in pending:
+        deliver()
+    assert versions(store) == truth
