@@ -146,12 +146,14 @@ def open_backend(name: str, options: BackendOptions) -> Backend:
         return HostBackend(options)
     try:
         from headrace_loader.backends.cuda import CudaBackend
-    except ImportError as error:
+
+        return CudaBackend(options)
+    except (ImportError, RuntimeError) as error:
+        # RuntimeError is what the bindings raise where the driver's library is missing.
         raise BackendUnavailable(
-            f"--backend {name}: this image has no CUDA support: {error}; use an image with it, "
-            "or --backend host (spec.gpu.sharing: None)"
+            f"--backend {name}: no CUDA support here: {error}; use an image with it on a node with "
+            "the NVIDIA driver, or --backend host (spec.gpu.sharing: None)"
         ) from None
-    return CudaBackend(options)
 
 
 def protect(name: str, descriptor: int) -> None:

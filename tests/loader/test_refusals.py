@@ -1,0 +1,196 @@
+"""Bad input and bad surroundings: a reason in the termination log, never a traceback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace_handover import Refused, attach
+
+
+def failed(loader: Any, code: int) -> tuple[str, str]:
+    """The loader ends by itself; returns the reason and message it leaves."""
+    assert loader.wait() == code, loader.log.read_text()
+    log = loader.log.read_text()
+    assert "Traceback" not in log
+    termination = loader.termination()
+    event = loader.events()[-1]
+    assert (event["event"], event["level"]) == ("failed", "error")
+    assert (event["reason"], event["message"]) == (termination["reason"], termination["message"])
+    return termination["reason"], termination["message"]
+
+
+def test_no_checkpoint(start_loader: Callable[..., Any], tmp_path: Path) -> None:
+    reason, message = failed(start_loader(tmp_path / "nothing"), 65)
+    assert reason == "CheckpointMissing"
+    assert str(tmp_path / "nothing") in message
+
+
+def test_a_part_that_is_missing(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/model-rank-0-part-0.safetensors").unlink()
+    reason, message = failed(start_loader(tmp_path / "checkpoint"), 65)
+    assert reason == "CheckpointMissing"
+    assert "model-rank-0-part-0.safetensors" in message
+
+
+def test_a_manifest_that_breaks_a_rule(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint/manifest.json"
+    document = json.loads(path.read_bytes())
+    document["parts"][0]["dataOffset"] = 100
+    path.write_text(json.dumps(document))
+    reason, message = failed(start_loader(tmp_path / "checkpoint"), 65)
+    assert reason == "ManifestInvalid"
+    assert "parts[0].dataOffset" in message
+
+
+def test_another_number_of_ranks(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
+    loader = start_loader(tmp_path / "checkpoint", "--tensor-parallel-size", "4")
+    reason, message = failed(loader, 65)
+    assert reason == "ParallelismMismatch"
+    assert "--tensor-parallel-size 4" in message
+    assert "tensor parallel size 2" in message
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "multilinear64"])
+@pytest.mark.parametrize(("position", "chunk", "tensor"), [(0, 0, "a"), (12288, 3, "b")])
+def test_a_flipped_bit(
+    support: Any,
+    start_loader: Callable[..., Any],
+    tmp_path: Path,
+    algorithm: str,
+    position: int,
+    chunk: int,
+    tensor: str,
+) -> None:
+    specs = (("a", "U8", (12288,)), ("b", "U8", (4096,)))
+    manifest = support.make_checkpoint(tmp_path / "checkpoint", parts=(specs,), algorithm=algorithm)
+    part = manifest.parts[0]
+    with (tmp_path / "checkpoint" / part.file).open("r+b") as file:
+        file.seek(part.data_offset + position)
+        byte = file.read(1)[0]
+        file.seek(part.data_offset + position)
+        file.write(bytes([byte ^ 0x10]))
+    reason, message = failed(start_loader(tmp_path / "checkpoint"), 65)
+    assert reason == "DigestMismatch"
+    assert f"{part.file}: chunk {chunk} " in message
+    assert f"tensors {tensor})" in message
+
+
+def test_a_part_that_was_cut(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / manifest.parts[0].file
+    os.truncate(path, path.stat().st_size - 1)
+    reason, message = failed(start_loader(tmp_path / "checkpoint"), 65)
+    assert reason == "DigestMismatch"
+    assert f"{path.stat().st_size} bytes" in message
+
+
+def test_require_is_refused_on_host_memory(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint", "--path", "Require")
+    reason, message = failed(loader, 69)
+    assert reason == "DirectPathUnavailable"
+    assert "--path Require" in message
+
+
+def test_a_backend_that_cannot_be_had(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    reason, message = failed(start_loader(tmp_path / "checkpoint", "--backend", "cuda"), 69)
+    assert reason == "BackendUnavailable"
+    assert "--backend cuda" in message
+
+
+def test_weights_larger_than_memory(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint", chunk_bytes=1 << 30)
+    document = json.loads(manifest.to_json())
+    part = document["parts"][0]
+    huge = 1 << 45
+    part["tensors"] = [{"name": "a", "dtype": "U8", "shape": [huge], "offset": 0, "bytes": huge}]
+    part["dataBytes"], part["bytes"] = huge, part["dataOffset"] + huge
+    part["chunkDigests"] = ["0" * 64] * (huge >> 30)
+    document["totalBytes"] = huge
+    (tmp_path / "checkpoint/manifest.json").write_text(json.dumps(document))
+    reason, message = failed(start_loader(tmp_path / "checkpoint"), 75)
+    assert reason == "OutOfMemory"
+    assert f"{huge} bytes of weights" in message
+
+
+def test_a_waiting_engine_is_told_why(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / manifest.parts[0].file
+    path.unlink()
+    os.mkfifo(path)  # reading blocks until the test writes
+    loader = start_loader(tmp_path / "checkpoint")
+
+    def unblock(_: Any) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        os.write(descriptor, b"no weights")
+        os.close(descriptor)
+
+    with pytest.raises(Refused, match=r"(StorageError|DigestMismatch)"):
+        attach(loader.socket, rank=0, device="host", timeout=60, on_progress=unblock)
+    assert failed(loader, loader.wait())[0] in ("StorageError", "DigestMismatch")
+
+
+def test_a_port_that_is_taken(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        loader = start_loader(tmp_path / "checkpoint", "--host=127.0.0.1")
+        loader.kill()
+        loader.termination_log.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "headrace_loader", "--backend=host", f"--port={port}"]
+        command += [f"--checkpoint={tmp_path}/checkpoint", f"--runtime-dir={tmp_path}/run"]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert out.returncode == 69
+    assert f"--port {port}: Address already in use" in out.stdout
+
+
+def test_a_runtime_directory_that_cannot_be_written(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "loader0").mkdir()
+    (tmp_path / "loader0/runtime").write_text("a file")
+    reason, message = failed(start_loader(tmp_path / "checkpoint"), 69)
+    assert reason == "RuntimeDirectoryUnusable"
+    assert "--runtime-dir" in message
+
+
+def test_usage(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "headrace_loader", "--checkpoint", "x"]
+    for wrong in (["--backend", "tpu"], ["--backend", "host", "--read-threads", "0"], []):
+        out = subprocess.run(
+            [*command, *wrong], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert out.returncode == 64, out
+        assert "Traceback" not in out.stderr
