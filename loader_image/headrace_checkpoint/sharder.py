@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from headrace_checkpoint import digest
 from headrace_checkpoint.convert import STORAGE, Array, convert
 from headrace_checkpoint.dtypes import ITEM_BYTES
 from headrace_checkpoint.errors import CheckpointConflict, ConfigInvalid
@@ -42,7 +43,6 @@ from headrace_checkpoint.writer import PartWriter
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Source bytes read at a time; with the writers' chunks this bounds memory."""
-DIGEST_ALGORITHM = "sha256"
 
 _PROGRESS_SECONDS = 10.0
 
@@ -158,7 +158,7 @@ def _write(request: ShardRequest, source: Source, checkpoint_plan: Plan, path: P
         chunk_bytes=CHUNK_BYTES,
         parts=tuple(sorted(parts, key=lambda part: (part.rank, part.part))),
         files=files,
-        digest_algorithm=DIGEST_ALGORITHM,
+        digest_algorithm=digest.ALGORITHM,
     )
     write_file(path / FILE_NAME, manifest.to_json())
     return manifest
@@ -184,7 +184,7 @@ def _write_part(
         writers = []
         for rank in ranks:
             path = directory / f"model-rank-{rank}-part-{number}.safetensors"
-            writer = PartWriter(path, rank, number, part_plan, DIGEST_ALGORITHM, executor)
+            writer = PartWriter(path, rank, number, part_plan, digest.ALGORITHM, executor)
             stack.callback(writer.close)
             writers.append(writer)
         for tensor in part_plan.tensors:
