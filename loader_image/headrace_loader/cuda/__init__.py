@@ -1,0 +1,1 @@
+"""CUDA backend: weights in GPU memory that other processes can map."""
