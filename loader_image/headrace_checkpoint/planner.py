@@ -20,6 +20,7 @@ from headrace_checkpoint.layouts.rules import Architecture, Constant, Piece, Spl
 from headrace_checkpoint.manifest import TENSOR_ALIGNMENT, TensorEntry
 
 DEFAULT_PART_BYTES = 4 * 1024**3
+_SUGGESTED_RANKS = 64
 _SOURCE_DTYPES = tuple(DTYPES.values())
 
 
@@ -122,6 +123,7 @@ def plan(
     ArchitectureUnsupported for a source tensor that the table has no place for.
     """
     planner = _Planner(architecture, config, sources, tensor_parallel_size, dtype)
+    planner.check_parallelism()
     targets = [planner.target(rule) for rule in planner.rules()]
     equal, ignored = planner.leftovers()
     return Plan(
@@ -267,22 +269,49 @@ class _Planner:
             segments.append(Fill(missing, 0.0))
         return segments
 
+    def check_parallelism(self) -> None:
+        """Raise ParallelismInvalid naming every size in the way, and the sizes that do divide."""
+        wrong = [split for split in self._splits() if not self._divides(split, self.ranks)]
+        if not wrong:
+            return
+        possible = [
+            str(ranks)
+            for ranks in range(1, _SUGGESTED_RANKS + 1)
+            if all(self._divides(split, ranks) for split in self._splits())
+        ]
+        raise ParallelismInvalid(
+            f"tensor parallel size {self.ranks}: does not divide "
+            f"{', '.join(map(self._obstacle, wrong))}; choose one of {', '.join(possible)}"
+        )
+
+    def _splits(self) -> list[Split]:
+        architecture = self.architecture
+        rules = (*architecture.per_layer, *architecture.before_layers, *architecture.after_layers)
+        pieces = (piece for rule in self._applying(rules) for piece in getattr(rule, "pieces", ()))
+        by_unit = {piece.split.unit: piece.split for piece in pieces if piece.split}
+        return list(by_unit.values())
+
+    def _divides(self, split: Split, ranks: int) -> bool:
+        units = self._padded_units(split)
+        return units % ranks == 0 or (split.replicate and ranks % units == 0)
+
+    def _obstacle(self, split: Split) -> str:
+        size, units = self.sizes[split.unit], self._padded_units(split)
+        padded = f" (padded to {units})" if units != size else ""
+        either = " (nor is a multiple of it)" if split.replicate else ""
+        return f"{self.architecture.sizes[split.unit].field} {size}{padded}{either}"
+
+    def _padded_units(self, split: Split) -> int:
+        return -(-self.sizes[split.unit] // split.pad) * split.pad
+
     def _units(self, split: Split, rank: int) -> tuple[int, int]:
-        """Half-open range of units of one rank, counting padding; raises ParallelismInvalid."""
-        units = -(-self.sizes[split.unit] // split.pad) * split.pad
+        """Half-open range of units of one rank, counting padding."""
+        units = self._padded_units(split)
         if units % self.ranks == 0:
             share = units // self.ranks
             return rank * share, (rank + 1) * share
-        if split.replicate and self.ranks % units == 0:
-            first = rank // (self.ranks // units)
-            return first, first + 1
-        field = self.architecture.sizes[split.unit].field
-        padded = f", padded to {units}" if split.pad > 1 else ""
-        either = ", nor divides it" if split.replicate else ""
-        raise ParallelismInvalid(
-            f"tensor parallel size {self.ranks}: does not divide {field} "
-            f"{self.sizes[split.unit]}{padded}{either}; choose a size that does"
-        )
+        first = rank // (self.ranks // units)
+        return first, first + 1
 
 
 def _numbered(rule: Tensor | Constant, layer: int) -> Tensor | Constant:
