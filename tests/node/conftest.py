@@ -1,0 +1,105 @@
+"""One cluster with a real node, real images and the operator installed by real helm."""
+
+import json
+
+import pytest
+
+import imagebuild
+from demo import setup
+from demo.observe import Model
+from localkube import Cluster, prerequisites
+
+CLAIM = "models"
+ENGINE = imagebuild.IMAGES["engine-cpu"].reference
+LOADER = imagebuild.IMAGES["headrace-loader"].reference
+
+# Starts at once and never answers: for tests that end before the engine matters.
+IDLE_ENGINE = {"image": LOADER, "command": ["python3", "-c", "import time; time.sleep(3600)"]}
+REAL_ENGINE = {
+    "image": ENGINE,
+    "args": ["--max-model-len=512", "--enforce-eager"],
+    "env": [
+        {"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"},
+        {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "0-1"},
+    ],
+}
+
+
+class Site:
+    """The cluster, and the directory that its claim "models" exposes."""
+
+    def __init__(self, cluster, volume):
+        self.cluster = cluster
+        self.volume = volume
+
+    def make_model(self, name, *options):
+        return setup.make_model(self.volume / name, *options)
+
+    def deploy(
+        self, name, *, source=None, claim=CLAIM, engine=None, tensor_parallel_size=1, **spec
+    ):
+        """Apply a ModelDeployment without a GPU; the source is a directory of the volume."""
+        self.apply(
+            {
+                "apiVersion": "headrace.dev/v1alpha1",
+                "kind": "ModelDeployment",
+                "metadata": {"name": name},
+                "spec": {
+                    "model": {"source": f"pvc://{CLAIM}/{source or name}"},
+                    "parallelism": {"tensorParallelSize": tensor_parallel_size},
+                    "volume": {"existingClaim": {"name": claim}},
+                    "loading": {"path": "Off", **spec.pop("loading", {})},
+                    "gpu": {"sharing": "None"},
+                    "engine": engine or IDLE_ENGINE,
+                    **spec,
+                },
+            }
+        )
+        return Model(self.cluster, name)
+
+    def apply(self, *objects):
+        everything = {"apiVersion": "v1", "kind": "List", "items": objects}
+        self.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(everything))
+
+    def expose(self, directory, claim):
+        """Make a directory a bound claim."""
+        setup.make_volume(self.cluster, directory, claim)
+
+    def delete(self, name):
+        self.cluster.kubectl("delete", "modeldeployment", name, "--ignore-not-found")
+
+    def kill(self, pod, container):
+        """Kill a container's processes as the kernel would; returns the container's id."""
+        statuses = pod["status"].get("initContainerStatuses", []) + pod["status"].get(
+            "containerStatuses", []
+        )
+        found = next(status for status in statuses if status["name"] == container)
+        identity = found["containerID"].removeprefix("containerd://")
+        self.cluster.ctr("tasks", "kill", "--all", "--signal", "SIGKILL", identity)
+        return identity
+
+
+@pytest.fixture(scope="session")
+def real_engine():
+    return REAL_ENGINE
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    prerequisites.check_node()
+    archives = imagebuild.ensure()
+    root = tmp_path_factory.mktemp("node")
+    cluster = Cluster(root / "cluster")
+    try:
+        setup.prepare_node(cluster, archives.values())
+        setup.make_volume(cluster, root / "volume", CLAIM)
+        setup.install_operator(cluster)
+        yield Site(cluster, root / "volume")
+    finally:
+        cluster.down()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "node":
+            item.add_marker(pytest.mark.node)

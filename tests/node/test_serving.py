@@ -1,0 +1,108 @@
+"""A model served on a real node: the answer, the confinement, the death of its engine."""
+
+import re
+import urllib.request
+
+import pytest
+
+from demo.coldstart import attached_lines, loader_status
+from demo.completion import complete
+from demo.observe import wait_for
+from demo.reference import PlainAnswer
+
+PROMPT = "the river flows into"
+TOKENS = 16
+READY_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def expected_tokens(site):
+    """What plain vLLM answers from the unsharded model; computed while the pod starts."""
+    source = site.make_model("served")
+    with PlainAnswer(source, PROMPT, tokens=TOKENS, tensor_parallel_size=1) as plain:
+        yield plain
+
+
+@pytest.fixture(scope="module")
+def model(site, expected_tokens, real_engine):
+    model = site.deploy("served", engine=real_engine)
+    model.wait_true("Ready", timeout=READY_SECONDS)
+    yield model
+    site.delete("served")
+
+
+def serving_pod(model):
+    (pod,) = model.children("pods", "serve")
+    return pod
+
+
+def ask(model):
+    service = model.get("service", model.name)["spec"]
+    url = f"http://{service['clusterIP']}:{service['ports'][0]['port']}"
+    return complete(url, model.name, PROMPT, TOKENS)
+
+
+def metric(pod, name):
+    url = f"http://{pod['status']['podIP']}:9400/metrics"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read().decode()
+    return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+
+
+def test_answer_equals_that_of_plain_vllm(model, expected_tokens):
+    assert ask(model).token_ids == expected_tokens.token_ids()
+
+
+def test_every_condition_holds_but_the_direct_path(model):
+    conditions = model.conditions()
+    states = {kind: condition["status"] for kind, condition in conditions.items()}
+    direct = states.pop("DirectPath")
+    assert direct == "False"
+    assert states == dict.fromkeys(
+        ["VolumeReady", "CheckpointReady", "WeightsResident", "Available", "Ready"], "True"
+    )
+
+
+def test_engine_started_only_after_the_weights_were_resident(model):
+    pod = serving_pod(model)
+    (engine,) = pod["status"]["containerStatuses"]
+    resident = loader_status(pod)["timeline"]["resident"]
+    log = model.cluster.kubectl("logs", pod["metadata"]["name"], "-c", "engine", "--timestamps")
+    ((attached, _, size, _),) = attached_lines(log)
+    assert resident < attached
+    assert size == loader_status(pod)["totalBytes"]
+    assert engine["restartCount"] == 0
+
+
+def test_pods_run_without_rights(model):
+    pod = serving_pod(model)["metadata"]["name"]
+    for container in ("loader", "engine"):
+        run = ("exec", pod, "-c", container, "--", "python3", "-c")
+        status = model.cluster.kubectl(*run, "print(open('/proc/self/status').read())")
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        assert fields["Uid"].split() == ["1000"] * 4
+        assert int(fields["CapEff"], 16) == 0
+        assert fields["NoNewPrivs"] == "1"
+        assert fields["Seccomp"] == "2"
+        write = (
+            "import errno\ntry: open('/x', 'w')\nexcept OSError as e: print(e.errno == errno.EROFS)"
+        )
+        assert model.cluster.kubectl(*run, write).strip() == "True"
+
+
+def test_killed_engine_attaches_again_and_nothing_is_loaded_again(site, model, expected_tokens):
+    before = serving_pod(model)
+    site.kill(before, "engine")
+
+    def restarted():
+        (engine,) = serving_pod(model)["status"]["containerStatuses"]
+        return engine["restartCount"] == 1 and engine["ready"]
+
+    wait_for("a second engine", restarted, timeout=READY_SECONDS)
+    after = serving_pod(model)
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    (loader,) = after["status"]["initContainerStatuses"]
+    assert loader["restartCount"] == 0
+    assert metric(after, "headrace_loader_loads_total") == 1
+    assert metric(after, "headrace_loader_attachments_total") == 2
+    assert ask(model).token_ids == expected_tokens.token_ids()
