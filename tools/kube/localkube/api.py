@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from .pki import Credential
 
-TIMEOUT_SECONDS = 10.0
+REQUEST_SECONDS = 10.0
+# Short, so that one who polls notices early that the server has died.
+POLL_SECONDS = 2.0
 
 
 class Api:
@@ -25,13 +27,15 @@ class Api:
         parts = urlsplit(server)
         self._host, self._port = parts.hostname or "", parts.port
 
-    def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    def request(
+        self, method: str, path: str, body: object = None, *, timeout: float = REQUEST_SECONDS
+    ) -> tuple[int, Any]:
         """Return the status and the answer, decoded when it is JSON.
 
-        Raises OSError or http.client.HTTPException when the server cannot be reached.
+        Raises OSError or http.client.HTTPException when the server does not answer in time.
         """
         connection = http.client.HTTPSConnection(
-            self._host, self._port, timeout=TIMEOUT_SECONDS, context=self._context
+            self._host, self._port, timeout=timeout, context=self._context
         )
         try:
             content = None if body is None else json.dumps(body)
@@ -46,7 +50,7 @@ class Api:
     def get(self, path: str) -> Any | None:  # noqa: ANN401 - any JSON document
         """Return what is at `path`, or None while the server does not answer 200."""
         try:
-            status, answer = self.request("GET", path)
+            status, answer = self.request("GET", path, timeout=POLL_SECONDS)
         except (OSError, http.client.HTTPException):
             return None
         return answer if status == http.client.OK else None

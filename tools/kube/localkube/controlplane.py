@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .files import write_private
 from .pki import Authority, Credential, key_pem, new_key, public_pem
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def prepare_pki(layout: Layout, endpoint: Endpoint) -> tuple[Authority, Credenti
     authority.issue("apiserver", "kube-apiserver", hosts=names)
     authority.issue("apiserver-kubelet-client", "kube-apiserver-kubelet-client", [ADMINISTRATORS])
     accounts = new_key()
-    (layout.pki / "service-accounts.key").write_bytes(key_pem(accounts))
-    (layout.pki / "service-accounts.pub").write_bytes(public_pem(accounts))
+    write_private(layout.pki / "service-accounts.key", key_pem(accounts))
+    write_private(layout.pki / "service-accounts.pub", public_pem(accounts))
     return authority, authority.issue("admin", "kubernetes-admin", [ADMINISTRATORS])
 
 
