@@ -1,0 +1,230 @@
+"""Volumes that are full, read-only or failing: exit code 75, the reason, nothing half written.
+
+The full and the read-only volume are real file systems; failing reads are injected, since
+no local file system fails to order.
+"""
+
+import errno
+import os
+import resource
+import subprocess
+
+import pytest
+
+from headrace_checkpoint import publish
+from headrace_checkpoint.manifest import read_manifest
+
+from .conftest import read_tensors, write_tensors
+
+
+@pytest.fixture
+def small_volume(tmp_path):
+    """Mount a tmpfs; call with mount options, get its path."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    path = tmp_path / "small-volume"
+    path.mkdir()
+
+    def mount(options):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "headrace-test", path], check=True)
+        return path
+
+    yield mount
+    subprocess.run(["umount", path], check=True)
+
+
+def test_too_small_a_volume_is_noticed_before_writing(model, shard, small_volume):
+    volume = small_volume("size=1m")
+    outcome = shard(model, output=volume / "checkpoint")
+    assert (outcome.code, outcome.reason) == (75, "NoSpaceOnVolume")
+    assert "1048576 bytes free: the checkpoint needs 2492960" in outcome.message
+    assert list(volume.iterdir()) == []
+
+
+def test_a_volume_that_fills_up(model, shard, small_volume):
+    """Room for the weights alone, not for headers and files: the kernel's ENOSPC."""
+    volume = small_volume("size=2440k")
+    outcome = shard(model, output=volume / "checkpoint")
+    assert (outcome.code, outcome.reason) == (75, "NoSpaceOnVolume")
+    assert "model-rank-0-part-0.safetensors: No space left on device" in outcome.message
+    assert list(volume.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,size=8m", volume], check=True)
+    assert shard(model, output=volume / "checkpoint").reason == "Published"
+
+
+def test_no_inodes_left(model, shard, small_volume):
+    volume = small_volume("nr_inodes=6")
+    outcome = shard(model, output=volume / "checkpoint")
+    assert (outcome.code, outcome.reason) == (75, "NoSpaceOnVolume")
+    assert list(volume.iterdir()) == []
+
+
+def test_read_only_volume(model, shard, small_volume):
+    volume = small_volume("size=8m")
+    subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+    outcome = shard(model, output=volume / "root" / "checkpoint")
+    assert (outcome.code, outcome.reason) == (75, "VolumeReadOnly")
+    assert "Read-only file system; mount the volume read-write for user 0" in outcome.message
+
+
+def test_published_checkpoint_on_a_read_only_volume(model, shard, small_volume):
+    volume = small_volume("size=8m")
+    shard(model, output=volume / "checkpoint")
+    subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+    assert shard(model, output=volume / "checkpoint").reason == "AlreadyPublished"
+
+
+def test_file_size_limit(model, shard, volume):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        outcome = shard(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (outcome.code, outcome.reason) == (75, "NoSpaceOnVolume")
+    assert "File too large" in outcome.message
+    assert list(volume.iterdir()) == []
+
+
+def test_injected_read_error_of_the_source(model, shard, volume, monkeypatch):
+    real = os.preadv
+
+    def failing(fd, buffers, offset):
+        if offset > 1_000_000:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    outcome = shard(model)
+    assert (outcome.code, outcome.reason) == (75, "StorageError")
+    assert "model.safetensors: reading failed: Input/output error" in outcome.message
+    assert list(volume.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["touched", "truncated"])
+def test_source_changed_while_it_is_read(model, shard, volume, monkeypatch, change):
+    path = model / "model.safetensors"
+    real, calls = os.preadv, 0
+
+    def changing(fd, buffers, offset):
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            os.utime(path) if change == "touched" else os.truncate(path, 100_000)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", changing)
+    outcome = shard(model)
+    assert outcome.reason == {"touched": "StorageError", "truncated": "SourceCorrupt"}[change]
+    assert list(volume.iterdir()) == []
+
+
+def test_short_reads_and_writes_are_continued(model, shard, volume, monkeypatch):
+    preadv, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:70_001]], offset)
+    )
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:70_001], offset))
+    assert shard(model).code == 0
+    monkeypatch.undo()
+    name = "model.layers.1.self_attn.o_proj.weight"
+    part = read_tensors(volume / "checkpoint" / "model-rank-0-part-0.safetensors")
+    assert part[name] == read_tensors(model / "model.safetensors")[name]
+
+
+def leave_behind(volume, uid, lock=True):
+    work = volume / f".checkpoint.{uid}.tmp"
+    work.mkdir(parents=True)
+    (work / "model-rank-0-part-0.safetensors").write_bytes(b"half")
+    if lock:
+        (volume / f".checkpoint.{uid}.lock").touch()
+    return work
+
+
+def test_leftovers_are_removed_and_nothing_else(model, shard, volume):
+    leave_behind(volume, "0123abcd")
+    leave_behind(volume, "4567abcd", lock=False)
+    other = leave_behind(volume, "89ababcd").rename(volume / ".checkpoint.89ababcd.dead")
+    kept = [".other.0123abcd.tmp", ".checkpoint.x.tmp", ".checkpoint.y.0123abcd.tmp", "checkpoint2"]
+    for name in kept:
+        (volume / name).mkdir()
+    outcome = shard(model)
+    assert [e["event"] for e in outcome.events].count("leftover-removed") == 3
+    assert not other.exists()
+    assert sorted(path.name for path in volume.iterdir()) == sorted(["checkpoint", *kept])
+
+
+def test_leftovers_are_removed_when_it_is_published_already(model, shard, volume):
+    shard(model)
+    leave_behind(volume, "0123abcd")
+    assert shard(model).reason == "AlreadyPublished"
+    assert [path.name for path in volume.iterdir()] == ["checkpoint"]
+
+
+def test_injected_lack_of_file_locks(model, shard, volume, monkeypatch):
+    """As on Lustre mounted without flock: leftovers are judged by their age, and it says so."""
+
+    def unsupported(fd, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(publish.fcntl, "flock", unsupported)
+    old, young = leave_behind(volume, "0123abcd"), leave_behind(volume, "4567abcd")
+    for path in [*old.iterdir(), old, volume / ".checkpoint.0123abcd.lock"]:
+        os.utime(path, (0, 0))
+    outcome = shard(model)
+    assert outcome.reason == "Published"
+    assert "no-file-locks" in {event["event"] for event in outcome.events}
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_another_writer_is_first(model, shard, volume, monkeypatch, headrace):
+    """The other publishes between this one's look and its rename."""
+    real = publish.Workspace.publish
+
+    def late(workspace):
+        monkeypatch.setattr(publish.Workspace, "publish", real)
+        assert shard(model).reason == "Published"
+        return real(workspace)
+
+    monkeypatch.setattr(publish.Workspace, "publish", late)
+    assert shard(model).reason == "AlreadyPublished"
+    assert [path.name for path in volume.iterdir()] == ["checkpoint"]
+    assert headrace("verify", volume / "checkpoint").code == 0
+
+
+def test_a_defect_is_reported_as_one(model, shard, volume, monkeypatch):
+    def broken(self):
+        raise ZeroDivisionError("of our own making")
+
+    monkeypatch.setattr(publish.Workspace, "publish", broken)
+    outcome = shard(model)
+    assert (outcome.code, outcome.reason) == (70, "InternalError")
+    assert outcome.message == "ZeroDivisionError: of our own making"
+    assert list(volume.iterdir()) == []
+
+
+def test_many_parts_and_ranks(model, shard, volume):
+    """Each tensor in a file of its own, for four ranks."""
+    assert shard(model, 4, "--part-bytes", 1).code == 0
+    manifest = read_manifest(volume / "checkpoint")
+    assert all(len(part.tensors) == 1 for part in manifest.parts)
+    assert len(manifest.parts) == 4 * len(manifest.rank_parts(0))
+
+
+def test_scalars_alone_fill_a_part(model, shard, volume):
+    """A part may hold nothing but an unaligned scalar."""
+    shard(model, 1, "--part-bytes", 1)
+    sizes = {part.data_bytes for part in read_manifest(volume / "checkpoint").parts}
+    assert 4 in sizes
+
+
+def test_weights_given_twice_with_equal_bytes(make_model, shard, volume):
+    source = make_model(tied=True)
+    path = source / "model.safetensors"
+    tensors = read_tensors(path)
+    write_tensors(path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    assert shard(source).code == 0
+    stored = read_tensors(volume / "checkpoint" / "model-rank-0-part-0.safetensors")
+    assert "model.embed_tokens.weight" not in stored
+    assert "lm_head.weight" in stored
