@@ -15,7 +15,7 @@ def operator_pod(objects):
 
 def environment(objects):
     (container,) = operator_pod(objects)["containers"]
-    return {variable["name"]: variable["value"] for variable in container["env"]}
+    return {variable["name"]: variable.get("value") for variable in container["env"]}
 
 
 def test_lint_finds_nothing(helm):
@@ -60,6 +60,7 @@ def test_settings_reach_the_operator(render):
     options += ("metrics.port=9999", "watchNamespace=team")
     objects = render(*(word for option in options for word in ("--set", option)))
     assert environment(objects) == {
+        "POD_ID": None,
         "HEADRACE_LOADER_IMAGE": "registry.test/loader:v7",
         "HEADRACE_WATCH_NAMESPACE": "team",
         "HEADRACE_METRICS_PORT": "9999",

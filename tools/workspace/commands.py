@@ -36,8 +36,7 @@ SUITE_SECONDS = 3000.0
 
 
 def _venv(_: Sequence[str] = ()) -> int:
-    if venv.ensure():
-        print("environment: .venv is ready")
+    venv.ensure()
     return 0
 
 

@@ -19,12 +19,13 @@ PROJECTS = (ROOT / "operator", ROOT / "loader_image", ROOT / "tools" / "kube")
 INSTALL_SECONDS = 1200
 
 
-def ensure() -> bool:
-    """Bring .venv in line with the lock file; returns whether anything had to be done."""
+def ensure() -> None:
+    """Bring .venv in line with the lock file; does nothing when it is."""
     stamp = VENV / "headrace-lock"
     wanted = _lock_digest()
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
-        return False
+        return
+    print("environment: installing requirements/dev.txt into .venv", flush=True)
     uv = find_uv()
     if not PYTHON.exists():
         run([uv, "venv", "--quiet", "--python", sys.executable, VENV], timeout=INSTALL_SECONDS)
@@ -44,7 +45,6 @@ def ensure() -> bool:
     constraints = ["--build-constraints", f"{REQUIREMENTS}/build.txt"]
     run([*install, *constraints, *editable], timeout=INSTALL_SECONDS)
     stamp.write_text(wanted)
-    return True
 
 
 def find_uv() -> str | Path:
