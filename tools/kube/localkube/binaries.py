@@ -92,39 +92,46 @@ def _go_build(module: Module, binaries: list[str], output: Path, step: str) -> N
         "GOWORK": "off",
     }
     packages = [module.commands[name] for name in binaries]
-    log.info("%s %s: building %s", step, module.name, ", ".join(binaries))
-    command: list[str | Path] = [go, "build", "-v", "-trimpath", "-ldflags", module.linker_flags]
-    with subprocess.Popen(
-        [*command, "-o", f"{output}/", *packages],
-        cwd=module.directory,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as build:
-        lines = _follow(build, f"{step} {module.name}")
-    if build.returncode:
-        raise BuildError(
-            f"building {', '.join(binaries)} in {module.directory} ended with status "
-            f"{build.returncode}: {' | '.join(lines[-15:])}"
-        )
+    label = f"{step} {module.name}"
+    log.info("%s: building %s", label, ", ".join(binaries))
+
+    def run(*arguments: str, progress: str) -> list[str]:
+        with subprocess.Popen(
+            [go, *arguments, *packages],
+            cwd=module.directory,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            lines = _follow(process, f"{label}: {progress}")
+        if process.returncode:
+            raise BuildError(
+                f"building {', '.join(binaries)} in {module.directory} ended with status "
+                f"{process.returncode}: {' | '.join(lines[-15:])}"
+            )
+        return lines
+
+    total = len(run("list", "-deps", progress="{} packages found"))
+    flags = ("-v", "-trimpath", "-ldflags", module.linker_flags, "-o", f"{output}/")
+    # Packages in Go's own cache are not compiled again; the rest of the time goes to linking.
+    run("build", *flags, progress=f"{{}} of at most {total} packages compiled")
 
 
-def _follow(build: subprocess.Popen[str], label: str) -> list[str]:
-    """Read the output of `go build -v`, one line per compiled package, and report progress."""
+def _follow(process: subprocess.Popen[str], progress: str) -> list[str]:
+    """Return the lines that `process` prints; report their number every now and then."""
     started = time.monotonic()
     lines: list[str] = []
 
     def collect() -> None:
-        lines.extend(line.strip() for line in build.stderr or ())
+        lines.extend(line.strip() for line in process.stdout or ())
 
     reader = threading.Thread(target=collect, daemon=True)
     reader.start()
-    while True:
+    while reader.is_alive():
         reader.join(REPORT_SECONDS)
         elapsed = time.monotonic() - started
-        if not reader.is_alive():
-            build.wait()
-            log.info("%s: done after %.0f s", label, elapsed)
-            return lines
-        log.info("%s: %d packages compiled, %.0f s elapsed", label, len(lines), elapsed)
+        if elapsed >= REPORT_SECONDS:
+            log.info("%s, %.0f s elapsed", progress.format(len(lines)), elapsed)
+    process.wait()
+    return lines

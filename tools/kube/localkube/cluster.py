@@ -15,8 +15,8 @@ from .components import Components
 from .errors import CommandError, InvalidInputError, LocalkubeError
 from .files import locked
 from .guard import Guard
-from .images import NAMESPACE, Images
-from .kubeconfig import write_kubeconfig
+from .identities import Identities
+from .images import NAMESPACE, Images, ImageStore
 from .layout import Layout
 from .namespaces import Namespaces
 from .pki import Authority, Credential
@@ -24,7 +24,7 @@ from .record import Record
 from .startup import Startup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 COMMAND_SECONDS = 120.0
 
@@ -182,16 +182,11 @@ class Cluster:
             raise CommandError(f"{' '.join(argv)}: status {result.returncode}: {result.stderr}")
         return result.stdout
 
-    def kubeconfig_for(self, user: str, groups: Iterable[str] = ()) -> Path:
+    def kubeconfig_for(self, user: str, groups: Sequence[str] = ()) -> Path:
         """Write a kubeconfig for `user` in `groups`, with the rights that RBAC gives them."""
-        name = f"user-{user.replace(':', '-').replace('/', '-')}"
-        authority = Authority(self._layout.pki)
-        return write_kubeconfig(
-            self._layout.config / f"{name}.kubeconfig",
-            server=self.server,
-            authority=authority.credential.certificate,
-            credential=authority.issue(name, user, groups),
-        )
+        server = self.server
+        identities = Identities(self._layout, Authority(self._layout.pki), server)
+        return identities.kubeconfig(user, groups, prefix="user-")
 
     def run_in_node(
         self, *command: str | Path, check: bool = True, timeout: float = COMMAND_SECONDS
@@ -214,7 +209,9 @@ class Cluster:
         An unchanged archive that the node has already is not imported again.
         """
         namespaces = Namespaces.find(self._layout.root)
-        images = Images(namespaces, self.bin("ctr"), self._running())
+        record = self._running()
+        store = ImageStore(Path(record.images))
+        images = Images(namespaces, self.bin("ctr"), store, record.snapshotter)
         return images.add(Path(archive).resolve(strict=True))
 
     def _record(self) -> Record | None:

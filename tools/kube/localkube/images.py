@@ -6,14 +6,14 @@ import fcntl
 import hashlib
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import write_private
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .namespaces import Namespaces
-    from .record import Record
 
 # containerd's namespace for everything that the kubelet sees.
 NAMESPACE = "k8s.io"
@@ -48,11 +48,13 @@ class ImageStore:
 class Images:
     """The images of a running node."""
 
-    def __init__(self, namespaces: Namespaces, ctr: Path, record: Record) -> None:
+    def __init__(
+        self, namespaces: Namespaces, ctr: Path, store: ImageStore, snapshotter: str
+    ) -> None:
         self._namespaces = namespaces
         self._ctr = ctr
-        self._store = ImageStore(Path(record.images))
-        self._snapshotter = record.snapshotter
+        self._store = store
+        self._snapshotter = snapshotter
 
     def add(self, archive: Path) -> list[str]:
         """Import `archive` unless its images are there already; return their names.

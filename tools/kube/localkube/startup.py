@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import logging
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import archives, binaries, controlplane, kwok, network, node, prerequisites
+from . import binaries, controlplane, kwok, node, prerequisites
 from .api import Api
-from .cgroups import ControlGroups
 from .errors import ComponentError, InvalidInputError, LocalkubeError
-from .images import Images, ImageStore
+from .identities import Identities
 from .kubeconfig import write_kubeconfig
-from .namespaces import Namespaces
+from .realnode import RealNode
 
 if TYPE_CHECKING:
     from .components import Components
     from .layout import Layout
+    from .network import Addresses
+    from .pki import Credential
     from .record import Record
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,6 @@ class Startup:
         self._components = components
         self._record = wanted
         self._timings = timings
-        self._groups = ControlGroups(layout.group)
 
     def check(self) -> None:
         """Raise LocalkubeError when the cluster cannot come up here; starts nothing."""
@@ -71,18 +70,17 @@ class Startup:
         self._paths = binaries.ensure(needed_binaries(self._record))
         self._begun = time.monotonic()
         self._record.save(self._layout.record)
-        if self._record.node:
-            self._create_node_environment()
-        self._start_control_plane()
+        node_part = self._prepare_node() if self._record.node else None
+        self._start_control_plane(node_part.addresses if node_part else None)
         self._milestone("API server")
         self._start_controllers()
-        if self._record.node:
-            self._start_node()
+        if node_part:
+            node_part.start(self._identities)
         if self._record.kwok:
             self._start_kwok()
         self._wait("default ServiceAccount", "/api/v1/namespaces/default/serviceaccounts/default")
         self._milestone("controllers")
-        if self._record.node:
+        if node_part:
             self._wait("node", f"/api/v1/nodes/{node.NODE_NAME}", node.is_ready)
             self._milestone("node")
         if self._record.kwok:
@@ -100,26 +98,34 @@ class Startup:
             READY_SECONDS,
         )
 
-    # Control plane
+    def _prepare_node(self) -> RealNode:
+        prepared = RealNode(self._layout, self._components, self._paths, self._record.images)
+        self._record = dataclasses.replace(
+            self._record, images=str(prepared.store.root), snapshotter=prepared.snapshotter
+        )
+        return prepared
 
-    def _start_control_plane(self) -> None:
+    def _start_control_plane(self, addresses: Addresses | None) -> None:
         self._components.start("etcd", controlplane.etcd(self._paths["etcd"], self._layout))
         endpoint = controlplane.Endpoint(
-            address=self._addresses.host if self._record.node else LOOPBACK,
+            address=addresses.host if addresses else LOOPBACK,
             port=0,
-            services=self._addresses.services if self._record.node else UNROUTED_SERVICES,
-            reachable_from_pods=self._record.node,
+            services=addresses.services if addresses else UNROUTED_SERVICES,
+            reachable_from_pods=addresses is not None,
         )
-        self._authority, self._admin = controlplane.prepare_pki(self._layout, endpoint)
-        self._start_api_server(endpoint)
+        authority, admin = controlplane.prepare_pki(self._layout, endpoint)
+        self._start_api_server(endpoint, authority.credential.certificate, admin)
+        self._identities = Identities(self._layout, authority, self._record.server)
         write_kubeconfig(
             self._layout.kubeconfig,
             server=self._record.server,
-            authority=self._authority.credential.certificate,
-            credential=self._admin,
+            authority=authority.credential.certificate,
+            credential=admin,
         )
 
-    def _start_api_server(self, endpoint: controlplane.Endpoint) -> None:
+    def _start_api_server(
+        self, endpoint: controlplane.Endpoint, authority: Path, admin: Credential
+    ) -> None:
         """Start the API server on a free port; on another one if somebody was faster."""
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
             port = controlplane.free_port(endpoint.address)
@@ -127,7 +133,7 @@ class Startup:
             command = controlplane.api_server(self._paths["kube-apiserver"], self._layout, endpoint)
             self._components.start("kube-apiserver", command)
             self._record = dataclasses.replace(self._record, server=endpoint.server)
-            self._api = Api(endpoint.server, self._authority.credential.certificate, self._admin)
+            self._api = Api(endpoint.server, authority, admin)
             try:
                 self._wait("the API server", "/readyz")
             except ComponentError as error:
@@ -143,117 +149,19 @@ class Startup:
             controlplane.controller_manager(
                 self._paths["kube-controller-manager"],
                 self._layout,
-                self._kubeconfig("system:kube-controller-manager"),
+                self._identities.kubeconfig("system:kube-controller-manager"),
             ),
         )
         self._components.start(
             "kube-scheduler",
             controlplane.scheduler(
-                self._paths["kube-scheduler"], self._kubeconfig("system:kube-scheduler")
+                self._paths["kube-scheduler"], self._identities.kubeconfig("system:kube-scheduler")
             ),
         )
-
-    def _kubeconfig(self, user: str, *groups: str) -> Path:
-        name = user.replace(":", "-")
-        return write_kubeconfig(
-            self._layout.config / f"{name}.kubeconfig",
-            server=self._record.server,
-            authority=self._authority.credential.certificate,
-            credential=self._authority.issue(name, user, groups),
-        )
-
-    # Real node
-
-    def _create_node_environment(self) -> None:
-        """Make what surrounds the node's processes, and start the one that needs no API."""
-        self._groups.create()
-        self._create_namespaces()
-        self._addresses = network.connect(self._layout.identity, self._namespaces)
-        node.pod_network(self._layout, self._addresses)
-        shim = self._paths["containerd-shim-runc-v2"]
-        self._start_in_node(
-            "containerd",
-            node.containerd(
-                self._paths["containerd"], self._layout, shim, self._record.snapshotter
-            ),
-        )
-
-    def _create_namespaces(self) -> None:
-        state = self._layout.node
-        store = ImageStore(Path(self._record.images) if self._record.images else state / "images")
-        lock = store.acquire()
-        if lock is None:
-            log.warning("%s is in use by another cluster: starting without images", store.root)
-            store = ImageStore(state / "images")
-            lock = store.acquire()
-        directories = {
-            "/var/lib/containerd": store.containerd,
-            "/var/lib/kubelet": state / "kubelet",
-            "/var/lib/cni": state / "cni",
-            "/var/log/pods": state / "pod-logs",
-            "/var/log/containers": state / "container-logs",
-        }
-        held = () if lock is None else (lock,)
-        try:
-            self._namespaces = Namespaces.create(
-                self._components, self._paths["pause"], directories, held
-            )
-        finally:
-            for descriptor in held:
-                os.close(descriptor)
-        snapshotter = "overlayfs"
-        if not self._namespaces.supports_overlay():
-            snapshotter = "native"
-            log.warning(
-                "%s cannot hold overlay mounts: images are copied whole, which takes more time "
-                "and disk; choose a directory on ext4 or xfs",
-                store.root,
-            )
-        self._record = dataclasses.replace(
-            self._record, images=str(store.root), snapshotter=snapshotter
-        )
-
-    def _start_in_node(self, component: str, command: list[str | Path]) -> None:
-        self._components.start(component, self._groups.enter(self._namespaces.enter(command)))
-
-    def _start_node(self) -> None:
-        name = node.NODE_NAME
-        self._authority.issue("kubelet-server", name, hosts=[name, self._addresses.node])
-        self._start_in_node(
-            "kubelet",
-            node.kubelet(
-                self._paths["kubelet"],
-                self._layout,
-                self._addresses,
-                self._groups.pods,
-                self._kubeconfig(f"system:node:{name}", "system:nodes"),
-            ),
-        )
-        self._start_in_node(
-            "kube-proxy",
-            node.kube_proxy(
-                self._paths["kube-proxy"],
-                self._layout,
-                self._addresses,
-                self._kubeconfig("system:kube-proxy"),
-                bridge_filtered=self._namespaces.filters_bridges(),
-            ),
-        )
-        self._import_sandbox_image()
-
-    def _import_sandbox_image(self) -> None:
-        self._components.wait_for(
-            "waiting for containerd", self._namespaces.seen(node.CONTAINERD_SOCKET).exists, 30
-        )
-        archive = self._layout.config / "pause.tar"
-        archives.single_program_image(self._paths["pause"], node.SANDBOX_IMAGE, archive)
-        Images(self._namespaces, self._paths["ctr"], self._record).add(archive)
-
-    # Simulated nodes
 
     def _start_kwok(self) -> None:
         stages = Path(self._record.kwok_stages or kwok.DEFAULT_STAGES)
-        kubeconfig = self._kubeconfig("kwok", controlplane.ADMINISTRATORS)
+        kubeconfig = self._identities.kubeconfig("kwok", [controlplane.ADMINISTRATORS])
         self._components.start("kwok", kwok.command(self._paths["kwok"], kubeconfig, stages))
         for number in range(self._record.kwok):
             manifest = kwok.node_manifest(f"kwok-{number}")
