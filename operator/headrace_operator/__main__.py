@@ -55,7 +55,7 @@ async def _serve(settings: ProcessSettings, connection: Connection) -> None:
     queue = reconciler.queue
     resync = Resync(connection.api, store, queue, health, settings.namespace)
     # Before any work: a child that has not been seen yet would look like a missing one.
-    await resync.once()
+    await resync.list_all()
     _serve_metrics(settings.metrics_port)
     workers = [asyncio.create_task(reconciler.work(n), name=f"worker {n}") for n in range(WORKERS)]
     resyncing = asyncio.create_task(resync.run(), name="resync")

@@ -8,6 +8,7 @@
         ├── KindNotServed   the API server does not know the kind
         ├── Conflict        the object exists already, or is another one by now
         ├── Forbidden       the service account lacks a permission
+        ├── NamespaceTerminating    nothing can be made there any more
         ├── Invalid         the object breaks a rule of the API server
         └── Unavailable     no answer, or an answer that asks to try again
 
@@ -52,6 +53,10 @@ class Conflict(ApiError):
 
 class Forbidden(ApiError):
     """The operator's service account lacks a permission."""
+
+
+class NamespaceTerminating(ApiError):
+    """The namespace is being deleted, so nothing can be made in it any more."""
 
 
 class Invalid(ApiError):

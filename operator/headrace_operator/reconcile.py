@@ -13,7 +13,7 @@ from headrace_operator.cluster.kinds import POD
 from headrace_operator.cluster.observe import Observer
 from headrace_operator.cluster.store import Key, Store
 from headrace_operator.coldstart import ColdStarts
-from headrace_operator.errors import ApiError
+from headrace_operator.errors import ApiError, NamespaceTerminating
 from headrace_operator.health import Health
 from headrace_operator.metrics import (
     QUEUE_DEPTH,
@@ -46,6 +46,7 @@ class Reconciler:
     clock: Callable[[], datetime] = _utc_now
 
     def __post_init__(self) -> None:
+        QUEUE_DEPTH.set_function(self.queue.__len__)
         self._observer = Observer(self.api, self.store)
         self._executor = Executor(self.api, self.store)
         self._cold_starts = ColdStarts(self.clock())
@@ -63,12 +64,13 @@ class Reconciler:
             if key is None:
                 return
             await self._work_on(key)
-            QUEUE_DEPTH.set(len(self.queue))
 
     async def _work_on(self, key: Key) -> None:
         started = time.monotonic()
         try:
             again_after = await self.reconcile(key)
+        except NamespaceTerminating:
+            self.queue.done(key)
         except ApiError as error:
             delay = self.queue.failed(key)
             RECONCILE_ERRORS.labels(error.reason).inc()

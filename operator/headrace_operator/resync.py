@@ -50,13 +50,17 @@ class Resync:
             self._health.beat("resync")
             await asyncio.sleep(PERIOD_SECONDS)
             try:
-                await self.once()
-                self._test_watches()
-                await self._collect_volumes()
+                await self.cycle()
             except ApiError as error:
                 _logger.warning("resync failed, trying again: %s", error)
 
-    async def once(self) -> None:
+    async def cycle(self) -> None:
+        """List everything, test the watches, collect volumes. Raises ApiError."""
+        await self.list_all()
+        self._test_watches()
+        await self._collect_volumes()
+
+    async def list_all(self) -> None:
         """List all kinds into the store and enqueue every ModelDeployment. Raises ApiError."""
         for kind in WATCHED:
             await self._list(kind)

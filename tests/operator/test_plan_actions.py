@@ -276,4 +276,9 @@ def test_transitions_are_reported_once_and_named_alike_after_a_crash(
 def test_claims_that_are_not_watched_are_looked_at_again(build: SimpleNamespace) -> None:
     resource = build.resource()
     assert build.plan(resource, Observed()).requeue_seconds == 5.0
-    assert build.plan(resource, build.world(resource)).requeue_seconds is None
+    assert build.plan(resource, build.world(resource)).requeue_seconds == 16.0
+    done = build.world(resource, deployment=build.deployment(resource))
+    pod = build.serving_pod(
+        resource, build.container("loader", ready=True), build.container("engine", ready=True)
+    )
+    assert build.plan(resource, replace(done, pods=(pod,))).requeue_seconds is None

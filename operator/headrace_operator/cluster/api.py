@@ -16,6 +16,7 @@ from kubernetes.aio.client import ApiClient
 from headrace_operator import errors
 from headrace_operator.cluster.kinds import Kind, kind_named
 from headrace_operator.metrics import API_REQUESTS
+from headrace_operator.plan.objects import items, text
 
 Object: TypeAlias = dict[str, Any]
 
@@ -172,22 +173,28 @@ def _error(what: str, status: int, content: bytes, retry_after: str) -> errors.A
         body = None
     is_status = isinstance(body, dict) and body.get("kind") == "Status"
     message = body.get("message") if is_status else content[:200].decode(errors="replace")
-    text = str(message or f"status {status}").strip()
+    explanation = str(message or f"status {status}").strip()
     if status == 404:
         # An unknown kind is answered by the mux, without a Status object.
-        return errors.NotFound(text) if is_status else errors.KindNotServed(what)
+        return errors.NotFound(explanation) if is_status else errors.KindNotServed(what)
     if status == 429 or status >= 500:
-        return _transient(text, retry_after)
+        return _transient(explanation, retry_after)
+    if is_status and _has_cause(body, "NamespaceTerminating"):
+        return errors.NamespaceTerminating(explanation)
     known: dict[int, type[errors.ApiError]] = {
-        401: errors.Forbidden,
+        401: errors.Unavailable,  # an expired token is read again
         403: errors.Forbidden,
         409: errors.Conflict,
     }
-    return known.get(status, errors.Invalid)(text)
+    return known.get(status, errors.Invalid)(explanation)
 
 
-def _transient(text: str, retry_after: str) -> errors.ApiError:
+def _has_cause(status: Object, reason: str) -> bool:
+    return any(text(cause, "reason") == reason for cause in items(status, "details", "causes"))
+
+
+def _transient(explanation: str, retry_after: str) -> errors.ApiError:
     # Server-side apply reports an unknown field as an internal error, but it is for good.
-    if "field not declared in schema" in text:
-        return errors.Invalid(text)
-    return errors.Unavailable(text, float(retry_after) if retry_after.isdigit() else 0.0)
+    if "field not declared in schema" in explanation:
+        return errors.Invalid(explanation)
+    return errors.Unavailable(explanation, float(retry_after) if retry_after.isdigit() else 0.0)

@@ -16,7 +16,15 @@ from headrace_operator.cluster.kinds import (
     kind_named,
 )
 from headrace_operator.cluster.store import Store, key_of
-from headrace_operator.errors import ApiError, Conflict, Forbidden, Invalid, KindNotServed, NotFound
+from headrace_operator.errors import (
+    ApiError,
+    Conflict,
+    Forbidden,
+    Invalid,
+    KindNotServed,
+    NamespaceTerminating,
+    NotFound,
+)
 from headrace_operator.plan import Deletion, Desired, Plan, Rejection, Scale, Transition
 from headrace_operator.plan.names import NAMESPACE_LABEL, OWNER_LABEL, digest
 from headrace_operator.plan.objects import (
@@ -30,6 +38,7 @@ from headrace_operator.plan.objects import (
 from headrace_operator.plan.world import NAME_CONFLICT
 
 _FOR_GOOD = (Invalid, Forbidden, KindNotServed)
+_MAX_APPLIED = 10_000
 _logger = logging.getLogger(__name__)
 
 
@@ -102,7 +111,7 @@ class Executor:
         }
         try:
             await self._api.create(event)
-        except Conflict:
+        except (Conflict, NamespaceTerminating):
             return
         except ApiError as error:
             # Events are a courtesy: the state itself is in the status.
@@ -133,6 +142,8 @@ class Executor:
             return Rejection(kind.name, name, error.reason, str(error))
         if kind in WATCHED:
             self._store.put(kind, written)
+        if len(self._applied) >= _MAX_APPLIED:
+            self._applied.clear()  # costs no more than applying everything once more
         self._applied[uid_of(written)] = _mark(body, written)
         _logger.info("applied %s %s", kind.name, name)
         return None

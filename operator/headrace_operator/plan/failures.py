@@ -119,7 +119,8 @@ def _of_exit(pod: Object, status: Object, waiting: str) -> Failure | None:
     else:
         reason = camel_case(f"{container.capitalize()}Failed", "ContainerFailed")
     exit_code = integer(state, "exitCode")
-    message = f"exit code {exit_code}, {restarts} restarts; see `kubectl logs --previous`"
+    logs = f"kubectl logs {name_of(pod)} -c {container} --previous"
+    message = f"exit code {exit_code}, {restarts} restarts; see `{logs}`"
     return _failure(_EXITED, pod, container, reason, message)
 
 

@@ -20,6 +20,7 @@ from headrace_operator.plan.conditions import (
     transitions,
     waiting,
 )
+from headrace_operator.plan.failures import STUCK_SECONDS
 from headrace_operator.plan.names import (
     checkpoint_key,
     checkpoint_path,
@@ -49,6 +50,8 @@ from headrace_operator.plan.world import NAME_CONFLICT, Needs, Observed, Plan, S
 # No event tells that claims of others change, or that children of a deleted object which had
 # the same name are gone.
 _RECHECK_SECONDS = 5.0
+# Why these last is told only by events, which are looked up once it has lasted.
+_STANDING = frozenset({"ShardJobStarting", "PodsStarting"})
 _UNWATCHED = frozenset({"ClaimNotFound", "ClaimPending", "ClaimTerminating", "SourceClaimNotFound"})
 
 _SUMMARISED = (
@@ -205,4 +208,6 @@ def _requeue_seconds(drafts: dict[ConditionType, Draft], observed: Observed) -> 
     if any(rejection.reason == NAME_CONFLICT for rejection in observed.rejections):
         return _RECHECK_SECONDS
     reasons = {draft.reason for draft in drafts.values()}
-    return None if reasons.isdisjoint(_UNWATCHED) else _RECHECK_SECONDS
+    if not reasons.isdisjoint(_UNWATCHED):
+        return _RECHECK_SECONDS
+    return None if reasons.isdisjoint(_STANDING) else STUCK_SECONDS + 1

@@ -400,11 +400,11 @@ class World:
         return [p for p in pods if "deletionTimestamp" not in p["metadata"]]
 
     def wait_pods(self, component: str, count: int = 1, name: str = "tiny") -> list[Any]:
-        def check() -> list[Any] | None:
+        def check() -> tuple[list[Any]] | None:
             pods = self.pods(component, name)
-            return pods if len(pods) == count else None
+            return (pods,) if len(pods) == count else None
 
-        return eventually(check, f"{count} {component} pods of {name}")
+        return eventually(check, f"{count} {component} pods of {name}")[0]
 
     def events(self, name: str = "tiny") -> list[dict[str, Any]]:
         events = self.kube.list(EVENT, self.namespace)
@@ -490,6 +490,12 @@ class Kubelet:
     def _container(self, name: str, state: dict[str, Any], **fields: Any) -> dict[str, Any]:
         base = {"name": name, "image": "x", "imageID": "", "ready": False, "restartCount": 0}
         return {**base, "state": state, **fields}
+
+
+@pytest.fixture(name="eventually")
+def eventually_fixture() -> Callable[[Callable[[], Any], str], Any]:
+    """Wait until a check gives something true, and return it."""
+    return eventually
 
 
 @pytest.fixture
