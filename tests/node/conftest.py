@@ -1,6 +1,8 @@
 """One cluster with a real node, real images and the operator installed by real helm."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -86,9 +88,11 @@ def real_engine():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
+    """The cluster; $HEADRACE_NODE_CLUSTER is the directory of one kept for the next run."""
     prerequisites.check_node()
     archives = imagebuild.ensure()
-    root = tmp_path_factory.mktemp("node")
+    kept = os.environ.get("HEADRACE_NODE_CLUSTER")
+    root = Path(kept) if kept else tmp_path_factory.mktemp("node")
     cluster = Cluster(root / "cluster")
     try:
         setup.prepare_node(cluster, archives.values())
@@ -96,7 +100,8 @@ def site(tmp_path_factory):
         setup.install_operator(cluster)
         yield Site(cluster, root / "volume")
     finally:
-        cluster.down()
+        if not kept:
+            cluster.down()
 
 
 def pytest_collection_modifyitems(items):

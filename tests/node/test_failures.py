@@ -11,6 +11,7 @@ from demo.observe import wait_for
 FAILURE_SECONDS = 120
 # Enough to start a Python at all, little enough to catch it at work.
 SLOW = {"resources": {"limits": {"cpu": "100m"}}}
+VERY_SLOW = {"resources": {"limits": {"cpu": "40m"}}}
 LARGE = ("--hidden-size", "1024", "--intermediate-size", "4096", "--layers", "8")
 
 
@@ -150,14 +151,14 @@ def running_engine(model):
 
 def test_deleted_while_sharding_leaves_nothing_that_could_be_served(site):
     site.make_model("deleted", *LARGE)
-    model = site.deploy("deleted", sharding=SLOW)
-
-    def sharding():
-        pods = model.children("pods", "shard")
-        return bool(pods) and pods[0]["status"]["phase"] == "Running"
-
-    wait_for("a sharder at work", sharding, timeout=FAILURE_SECONDS)
+    model = site.deploy("deleted", sharding=VERY_SLOW)
+    folder = site.volume / "headrace" / "deleted"
+    wait_for("a sharder that writes", lambda: any(folder.glob(".*.tmp")), timeout=FAILURE_SECONDS)
     site.delete("deleted")
-    for kind in ("jobs", "pods", "deployments"):
-        wait_for(f"no {kind}", lambda: not model.children(kind), timeout=FAILURE_SECONDS)  # noqa: B023
-    assert not [path for path in published(site) if "deleted" in path.parts]
+    nothing = {"jobs": [], "pods": [], "deployments": []}
+    wait_for(
+        "no children",
+        lambda: {kind: model.children(kind) for kind in nothing} == nothing,
+        timeout=FAILURE_SECONDS,
+    )
+    assert not list(folder.rglob("manifest.json"))

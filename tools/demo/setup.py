@@ -75,7 +75,7 @@ def install_operator(cluster: Cluster) -> None:
     for key, name in (("image", "headrace-operator"), ("loaderImage", "headrace-loader")):
         repository, _, tag = IMAGES[name].reference.rpartition(":")
         values += ["--set", f"{key}.repository={repository}", "--set", f"{key}.tag={tag}"]
-    command = ["install", RELEASE, str(ROOT / "charts" / "headrace"), *values]
+    command = ["upgrade", "--install", RELEASE, str(ROOT / "charts" / "headrace"), *values]
     place = ["--namespace", NAMESPACE, "--create-namespace"]
     wait = ["--wait", "--timeout", f"{INSTALL_SECONDS:.0f}s"]
     helm = cluster.bin("helm")
