@@ -98,8 +98,10 @@ def _interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGINT end the work through the same clean-up as any failure."""
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        # A second signal must not cut the clean-up short. SIG_IGN would not do: Python warns
+        # where it is set between a signal's arrival and its handling.
         for other in previous:
-            signal.signal(other, signal.SIG_IGN)  # a second one must not cut the clean-up short
+            signal.signal(other, lambda *_: None)
         raise Interrupted(f"stopped by {signal.Signals(number).name}; run it again")
 
     previous = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGINT)}

@@ -7,6 +7,7 @@ no local file system fails to order.
 import errno
 import os
 import resource
+import signal
 import subprocess
 
 import pytest
@@ -191,6 +192,22 @@ def test_another_writer_is_first(model, shard, volume, monkeypatch, headrace):
     assert shard(model).reason == "AlreadyPublished"
     assert [path.name for path in volume.iterdir()] == ["checkpoint"]
     assert headrace("verify", volume / "checkpoint").code == 0
+
+
+def test_a_second_signal_does_not_cut_the_clean_up_short(model, shard, volume, monkeypatch):
+    real = publish.shutil.rmtree
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(publish.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(
+        publish.Workspace, "publish", lambda self: signal.raise_signal(signal.SIGTERM)
+    )
+    outcome = shard(model)
+    assert (outcome.code, outcome.reason) == (75, "Interrupted")
+    assert list(volume.iterdir()) == []
 
 
 def test_a_defect_is_reported_as_one(model, shard, volume, monkeypatch):
