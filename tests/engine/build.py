@@ -1,0 +1,101 @@
+"""Builds vLLM models over resident weights, without the engine around: a script.
+
+    python build.py REQUEST_JSON
+
+The request is a list of {"model", "socket", ...}; "changes" are made to the model's
+configuration, further keys are engine arguments. Prints a list of findings as JSON after
+the marker FOUND: an error, or what the model is made of.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import set_current_vllm_config
+from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+
+from headrace_engine import vllm_loader
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Remembers the largest tensor with memory that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta and not is_shared(result):
+            self.nbytes = max(self.nbytes, result.untyped_storage().nbytes())
+        return result
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in the loader's memory."""
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+        if begin <= address < end:
+            return "memfd:headrace" in line
+    return False
+
+
+def build(job: dict) -> dict:
+    socket, changes = job.pop("socket"), job.pop("changes", {})
+    arguments = EngineArgs(
+        load_format="headrace",
+        model_loader_extra_config={"socket": socket},
+        enforce_eager=True,
+        max_model_len=128,
+        **job,
+    )
+    config = arguments.create_engine_config()
+    for name, value in changes.items():
+        setattr(config.model_config, name, value)
+    vllm_loader._attached.clear()
+    with set_current_vllm_config(config):
+        loader = get_model_loader(config.load_config)
+        external = loader.get_external_weight_memory(config)
+        with LargestAllocation() as largest:
+            model = loader.load_model(config, config.model_config)
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    rotary = model.model.layers[0].self_attn.rotary_emb
+    cache = rotary._compute_cos_sin_cache().to(rotary.cos_sin_cache.dtype)
+    return {
+        "external": external,
+        "largest": largest.nbytes,
+        "embedding_shared": is_shared(embedding),
+        "norm_shared": is_shared(model.model.norm.weight),
+        "tied": head is embedding or head.data_ptr() == embedding.data_ptr(),
+        "rotary_right": bool(torch.equal(cache, rotary.cos_sin_cache)),
+        "scale": model.model.layers[0].self_attn.attn._k_scale.item(),
+        "attributes_kept": hasattr(embedding, "weight_loader") and embedding.output_dim == 0,
+        "training": model.training,
+    }
+
+
+def attempt(job: dict) -> dict:
+    try:
+        return build(job)
+    except Exception as error:  # noqa: BLE001 - any failure is a finding
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as directory:
+        config = EngineArgs(model=json.loads(sys.argv[1])[0]["model"]).create_engine_config()
+        with set_current_vllm_config(config):
+            parallel_state.init_distributed_environment(
+                1, 0, f"file://{directory}/rendezvous", 0, backend="gloo"
+            )
+            parallel_state.initialize_model_parallel(1)
+            found = [attempt(job) for job in json.loads(sys.argv[1])]
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
+    sys.stdout.write(f"FOUND {json.dumps(found)}\n")

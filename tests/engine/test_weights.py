@@ -1,0 +1,136 @@
+"""Resident weights as torch tensors: shared, read-only, and still there when the loader is not."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace_engine.errors import Unsupported, WeightsMismatch
+from headrace_engine.mapping import HostMapping
+from headrace_engine.weights import ALIGNMENT, Weights, attach_weights
+from headrace_handover import MappableRegion, Region
+
+SPECS = (
+    ("matrix", "BF16", (128, 64)),
+    ("vector", "F32", (64,)),
+    ("bytes", "U8", (259,)),
+    ("empty", "F16", (0, 4)),
+    ("scale", "F32", ()),
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(support: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint") / "made"
+    support.make_checkpoint(directory, parts=(SPECS,))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loader(start_loader: Callable[..., Any], checkpoint: Path) -> Any:
+    started = start_loader(checkpoint)
+    started.until_phase("Ready")
+    return started
+
+
+@contextlib.contextmanager
+def attached(loader: Any) -> Iterator[Weights]:
+    weights = attach_weights(loader.socket, rank=0)
+    try:
+        yield weights
+    finally:
+        weights.attachment.close()
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def test_tensors_equal_the_file(loader: Any, checkpoint: Path) -> None:
+    with attached(loader) as weights:
+        region = weights.attachment.ready.regions[0]
+        data = next(checkpoint.glob("*.safetensors")).read_bytes()[-region.data_bytes :]
+        for entry in region.tensors:
+            tensor = weights.tensors[entry.name]
+            assert tensor.shape == entry.shape
+            assert raw(tensor) == data[entry.offset : entry.offset + entry.nbytes]
+        assert weights.tensors["matrix"].dtype == torch.bfloat16
+
+
+def test_aligned_tensors_are_views_and_the_rest_is_named(loader: Any) -> None:
+    with attached(loader) as weights:
+        assert [copy.name for copy in weights.copies] == ["scale"]
+        for name in ("matrix", "vector", "bytes"):
+            tensor = weights.tensors[name]
+            assert tensor.data_ptr() % ALIGNMENT == 0
+            assert mapping_at(tensor.data_ptr()) == "r--s /memfd:headrace (deleted)"
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert mapping_at(weights.tensors["scale"].data_ptr()).startswith("rw-p")
+
+
+def mapping_at(address: int) -> str:
+    """Permissions and file of the mapping that holds an address."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, _offset, _device, _inode, *name = line.split()
+        begin, end = (int(part, 16) for part in span.split("-"))
+        if begin <= address < end:
+            return " ".join([permissions, *name])
+    raise AssertionError(f"{address:x} is not mapped")
+
+
+@pytest.mark.parametrize(
+    ("action", "code"),
+    [("tensor.sum()", 0), ("tensor.fill_(1)", -signal.SIGSEGV), ("tensor[0] += 1", -11)],
+)
+def test_a_write_faults(loader: Any, action: str, code: int) -> None:
+    script = (
+        "import sys; from headrace_engine.weights import attach_weights\n"
+        "tensor = attach_weights(sys.argv[1], rank=0).tensors['vector']\n"
+        f"{action}\n"
+    )
+    command = [sys.executable, "-c", script, str(loader.socket)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == code
+
+
+def test_tensors_outlive_the_loader_and_the_attachment(
+    start_loader: Callable[..., Any], checkpoint: Path
+) -> None:
+    loader = start_loader(checkpoint)
+    weights = attach_weights(loader.socket, rank=0)
+    matrix = weights.tensors["matrix"]
+    before = raw(matrix)
+    loader.kill()
+    weights.attachment.close()
+    del weights
+    assert raw(matrix) == before
+    assert raw(matrix[3]) == before[3 * 128 : 4 * 128]
+
+
+def test_the_socket_comes_from_the_environment(
+    loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_SOCKET", str(loader.socket))
+    weights = attach_weights(rank=0)
+    weights.attachment.close()
+    assert weights.checkpoint == loader.status()["checkpoint"]["manifestDigest"]
+    assert weights.nbytes == loader.status()["totalBytes"]
+
+
+def test_memory_that_is_too_short_is_refused() -> None:
+    descriptor = os.memfd_create("short")
+    os.ftruncate(descriptor, 4096)
+    with pytest.raises(WeightsMismatch, match="4096 bytes: the loader says 8192"):
+        HostMapping(MappableRegion(Region(0, 8192, 8192, ()), descriptor))
+    os.close(descriptor)
+
+
+def test_a_device_that_cannot_be_mapped_is_refused() -> None:
+    with pytest.raises(Unsupported, match="device GPU-1"):
+        attach_weights(rank=0, device="GPU-1")
