@@ -73,11 +73,11 @@ class SourceFile:
             # A FIFO in place of a file must not block the open.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             self._opened = os.fstat(self._fd)
-            directory = path.parent.stat()
+            foreign = path.is_symlink() and self._opened.st_dev != path.parent.stat().st_dev
         if not stat.S_ISREG(self._opened.st_mode):
             os.close(self._fd)
             raise SourceCorrupt(f"{path}: must be a regular file")
-        if self._opened.st_dev != directory.st_dev:
+        if foreign:
             os.close(self._fd)
             raise SourceCorrupt(f"{path}: link leaves the source's file system; copy the file")
 

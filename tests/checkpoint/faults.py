@@ -1,6 +1,6 @@
 """Breaks a sharding process at its n-th change of the volume: a script of its own.
 
-    python faults.py SOURCE DIRECTORY kill|EIO|ENOSPC
+    python faults.py SOURCE DIRECTORY kill|EIO
 
 For n = 1, 2, ... a forked child shards SOURCE into DIRECTORY/n/checkpoint; just before its
 n-th system call that changes the volume it is killed by SIGKILL, or that call fails with

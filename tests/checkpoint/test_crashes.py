@@ -42,10 +42,9 @@ def test_killed_at_every_call_then_run_again(model, tmp_path):
     assert {report["after_first"]["published"] for report in reports} == {True, False}
 
 
-@pytest.mark.parametrize("fault", ["EIO", "ENOSPC"])
-def test_injected_error_at_every_call_then_run_again(model, tmp_path, fault):
+def test_injected_error_at_every_call_then_run_again(model, tmp_path):
     """The clean-up of a failed writer must not fail it once more, nor leave half of it."""
-    reports = broken_at_every_call(model, tmp_path, fault)
+    reports = broken_at_every_call(model, tmp_path, "EIO")
     for position, report in enumerate(reports, 1):
         assert report["first"] in {0, 75}, position
         after = report["after_first"]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace_checkpoint.errors import ManifestInvalid, StorageError
+from headrace_checkpoint.errors import (
+    InputError,
+    InternalError,
+    ManifestInvalid,
+    StorageError,
+    TransientError,
+)
 from headrace_checkpoint.manifest import (
     CHUNK_BYTES,
     CopiedFile,
@@ -19,6 +26,8 @@ from headrace_checkpoint.manifest import (
     TensorEntry,
     read_manifest,
 )
+
+from .conftest import REPOSITORY
 
 
 def part(rank, number):
@@ -180,3 +189,16 @@ def test_needs_the_standard_library_alone():
     script = "import sys, headrace_checkpoint.manifest; print('numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert result.stdout == b"False\n"
+
+
+def test_the_documented_example_is_valid():
+    text = (REPOSITORY / "docs" / "checkpoint-format.md").read_text()
+    example = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
+    assert Manifest.from_json(example.encode()).total_bytes == 516
+
+
+def test_every_reason_is_documented():
+    text = (REPOSITORY / "docs" / "checkpoint-format.md").read_text()
+    reasons = {*InputError.__subclasses__(), *TransientError.__subclasses__(), InternalError}
+    assert len(reasons) > 10
+    assert [cls.__name__ for cls in reasons if f"`{cls.__name__}`" not in text] == []
