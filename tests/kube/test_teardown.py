@@ -89,6 +89,9 @@ def test_down_in_another_process_leaves_only_logs(can_run_node, tmp_path, pods):
 @pytest.mark.cluster
 def test_down_without_a_record_kills_everything_that_is_the_clusters_and_nothing_else(tmp_path):
     cluster = up_in_another_process(tmp_path)
+    listing = [sys.executable, "-m", "localkube", "list"]
+    running = subprocess.run(listing, check=True, capture_output=True, text=True).stdout
+    assert str(tmp_path) in running.splitlines()
     (tmp_path / "cluster.json").unlink()
     stranger = subprocess.Popen(["sleep", "600"], env={processes.OWNER: f"{tmp_path}-other"})
     try:

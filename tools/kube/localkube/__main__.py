@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from . import binaries, prerequisites
+from . import binaries, prerequisites, processes
 from .cluster import Cluster
 from .errors import LocalkubeError
 from .modules import MODULES
@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (up, down, status, environment, kubectl, image, ctr, guard):
         command.add_argument("--dir", required=True, help="the cluster's directory")
 
+    listing = commands.add_parser("list", help="print the directories of all running clusters")
+    listing.set_defaults(run=_list)
     packages = commands.add_parser("install-packages", help="install what a real node needs")
     packages.set_defaults(run=_install_packages)
     build = commands.add_parser("build", help="build binaries into the cache ahead of their use")
@@ -102,6 +104,11 @@ def _status(options: argparse.Namespace) -> int:
     for component, pid in running.items():
         print(f"{component} {pid}")
     return 0 if running else 3
+
+
+def _list(_: argparse.Namespace) -> None:
+    for directory in sorted(processes.owners()):
+        print(directory)
 
 
 def _kubectl(options: argparse.Namespace) -> None:

@@ -69,23 +69,38 @@ def spawn(
 
 def find(owner: Path) -> list[Process]:
     """Return the running processes that carry the mark of the cluster in `owner`."""
-    numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [process for pid in numbers if (process := _inspect(pid, owner)) is not None]
+    return [process for pid in _all() if (process := _inspect(pid, owner)) is not None]
+
+
+def owners() -> set[Path]:
+    """Return the directories of all clusters whose processes this user may see."""
+    return {Path(mark) for pid in _all() if (mark := _environment(pid).get(OWNER))}
+
+
+def _all() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """Return the environment of process `pid`; that of a zombie, or a stranger's, is empty."""
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
 
 
 def _inspect(pid: int, owner: Path) -> Process | None:
-    """Return process `pid` if it belongs to `owner`; a zombie has no environment and does not."""
-    entry = Path("/proc") / str(pid)
+    """Return process `pid` if it belongs to `owner`."""
+    environment = _environment(pid)
+    if environment.get(OWNER) != str(owner):
+        return None
     try:
-        pairs = (entry / "environ").read_bytes().split(b"\0")
-        stat = (entry / "stat").read_text(errors="replace")
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    variables = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
-    if variables.get(OWNER.encode()) != os.fsencode(owner):
-        return None
     parent = int(stat.rpartition(")")[2].split()[1])
-    return Process(pid, parent, os.fsdecode(variables.get(COMPONENT.encode(), b"?")))
+    return Process(pid, parent, environment.get(COMPONENT, "?"))
 
 
 def kill_all(owner: Path, *, seconds: float = 20.0) -> None:

@@ -75,7 +75,7 @@ class RealNode:
 
     def _create_namespaces(self, images: Path | None) -> tuple[Namespaces, ImageStore]:
         state = self._layout.node
-        store, lock = _open_store(images, state / "images")
+        store, lock = open_store(images, state / "images")
         directories = {
             "/var/lib/containerd": store.containerd,
             "/var/lib/kubelet": state / "kubelet",
@@ -107,7 +107,7 @@ class RealNode:
         self._start("containerd", command)
 
 
-def _open_store(shared: Path | None, private: Path) -> tuple[ImageStore, int]:
+def open_store(shared: Path | None, private: Path) -> tuple[ImageStore, int]:
     """Return the shared store, or the private one where another cluster has it, and its lock."""
     if shared:
         store = ImageStore(shared)
