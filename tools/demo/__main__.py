@@ -31,8 +31,8 @@ MANIFEST = ROOT / "examples" / "tiny-llama.yaml"
 TENSOR_PARALLEL_SIZE = 2  # as in the manifest
 PROMPT = "the river flows into"
 TOKENS = 16
-READY_SECONDS = 420.0
-SCALE_SECONDS = 300.0
+READY_SECONDS = 600.0
+SCALE_SECONDS = 600.0
 
 
 class Demo:

@@ -71,7 +71,7 @@ class Model:
             conditions = self.conditions()
             for kind, condition in conditions.items():
                 line = f"{kind} {condition['status']} {condition['reason']}: {condition['message']}"
-                if seen.get(kind) != line:
+                if seen.get(kind) != line and not _repeats(kind, condition, conditions):
                     say(line)
                 seen[kind] = line
             if reached(conditions):
@@ -97,3 +97,9 @@ def wait_for(what: str, reached: Callable[[], bool], *, timeout: float) -> None:
         if time.monotonic() > deadline:
             raise ToolError(f"{what}: not reached in {timeout:g} s")
         time.sleep(POLL_SECONDS)
+
+
+def _repeats(kind: str, condition: Object, conditions: dict[str, Object]) -> bool:
+    """Tell whether this is the summary, which has not come true and quotes its cause."""
+    others = (other["message"] for name, other in conditions.items() if name != kind)
+    return kind == "Ready" and condition["status"] != "True" and condition["message"] in others

@@ -18,7 +18,7 @@ from workspace.process import tail
 if TYPE_CHECKING:
     from types import TracebackType
 
-SECONDS = 300.0
+SECONDS = 600.0
 STOP_SECONDS = 10.0
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT / "tools"),
