@@ -1,5 +1,6 @@
 """The archives that imagebuild makes, opened far enough to see configuration and files."""
 
+import functools
 import json
 import tarfile
 
@@ -26,19 +27,20 @@ class Archive:
         digest = self.manifest()["config"]["digest"].removeprefix("sha256:")
         return self.blob(f"blobs/sha256/{digest}")["config"]
 
+    @functools.cached_property
     def files(self):
-        """Paths of all files in all layers; layers are read as a stream."""
+        """Paths of all files in all layers, directories left out."""
         names = set()
         with tarfile.open(self.path) as tar:
             for layer in self.manifest()["layers"]:
                 stored = tar.extractfile(f"blobs/sha256/{layer['digest'].removeprefix('sha256:')}")
                 with tarfile.open(fileobj=stored, mode="r:*") as content:
-                    names.update(member.name for member in content)
+                    names.update(member.name for member in content if not member.isdir())
         return names
 
     def packages(self):
         """Names of the distributions installed for the image's own program."""
-        parts = (name.split("/") for name in self.files())
+        parts = (name.split("/") for name in self.files)
         return {
             folder.split("-")[0]
             for part in parts

@@ -29,12 +29,12 @@ def test_packages(archives, name, present, absent):
 
 
 def test_engine_has_nothing_of_ours(archives):
-    assert not [path for path in archives[ENGINE].files() if "headrace" in path]
+    assert not [path for path in archives[ENGINE].files if "headrace" in path]
 
 
 @pytest.mark.parametrize("name", [OPERATOR, LOADER, ENGINE])
 def test_keeps_no_cache_and_no_source(archives, name):
-    files = archives[name].files()
+    files = archives[name].files
     assert not [
         path for path in files if path.startswith(("src/", "root/.cache/", "var/lib/apt/lists/deb"))
     ]
