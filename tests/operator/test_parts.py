@@ -70,6 +70,13 @@ def test_child_names_are_labels_and_keep_owner_and_suffix_apart(owner: str, suff
     assert name.endswith(f"-{suffix}")
 
 
+def test_long_child_names_are_shortened_and_stay_different() -> None:
+    names = {child_name(owner, "shard-01234567") for owner in ("x" * 62 + "a", "x" * 62 + "b")}
+    assert len(names) == 2
+    assert {len(name) for name in names} == {63}
+    assert all(name.endswith("-shard-01234567") for name in names)
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [

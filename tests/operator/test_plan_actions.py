@@ -95,8 +95,11 @@ def test_a_deleted_job_is_made_again_and_one_being_deleted_is_awaited(
     assert kinds(build.plan(resource, gone)) == ["Job", "Deployment", "Service"]
     going = build.job(resource, build.condition("Failed"))
     going["metadata"]["deletionTimestamp"] = "2026-11-24T12:00:00Z"
-    result = build.plan(resource, build.world(resource, jobs=(going,)))
+    observed = build.world(resource, jobs=(going,))
+    result = build.plan(resource, observed)
     assert (kinds(result), result.delete) == ([], ())
+    condition = build.conditions(resource, observed)["CheckpointReady"]
+    assert condition["reason"] == "ShardJobReplacing"
 
 
 def test_an_operator_with_another_loader_image_changes_no_template(build: SimpleNamespace) -> None:

@@ -334,6 +334,31 @@ def test_one_failing_replica_of_two_keeps_ready_but_not_available_from_holding(
     expect(conditions["Ready"], "False", "CrashLoopBackOff", "pod serve-1, container engine")
 
 
+def test_past_crashes_and_pods_on_their_way_out_are_no_failures(build: SimpleNamespace) -> None:
+    resource = build.resource({"replicas": 2})
+    recovered = build.serving_pod(
+        resource,
+        build.container("loader", last=CRASH, restarts=1, **HELD),
+        build.container("engine", last=CRASH, restarts=3, **HELD),
+    )
+    going = build.serving_pod(
+        resource,
+        build.container("loader", last=CRASH, restarts=1),
+        build.container("engine", last=CRASH, restarts=1),
+        name="serve-b",
+    )
+    going["metadata"]["deletionTimestamp"] = "2026-11-24T12:00:00Z"
+    deployment = build.deployment(resource, 1)
+    observed = build.world(resource, deployment=deployment, pods=(recovered, going))
+    conditions = build.conditions(resource, observed)
+    expect(conditions["WeightsResident"], "False", "PodsStarting", "1 of 2")
+    job = build.job(resource)
+    shard = build.job_pod(build.container("shard", terminated=CRASH))
+    shard["metadata"]["deletionTimestamp"] = "2026-11-24T12:00:00Z"
+    sharding = build.world(resource, jobs=(job,), pods=(shard,))
+    expect(build.conditions(resource, sharding)["CheckpointReady"], "False", "Sharding")
+
+
 def test_ready_waits_for_the_last_old_pod(build: SimpleNamespace) -> None:
     resource = build.resource({"replicas": 2})
     pods = tuple(

@@ -136,7 +136,7 @@ def _on_the_way(pods: list[Object], observed: Observed, counts: str) -> Draft:
     failed_create = condition_of(observed.deployment, "ReplicaFailure")
     if text(failed_create, "status") == "True" and not pods:
         return problem("PodsRejected", text(failed_create, "message") or "pods were refused")
-    if any(_is_running(pod, LOADER) for pod in pods):
+    if any(_is_loading(pod) for pod in pods):
         return waiting("Loading", counts)
     return waiting("PodsStarting", counts)
 
@@ -158,9 +158,9 @@ def _is_ready(pod: Object, statuses: str, container: str) -> bool:
     )
 
 
-def _is_running(pod: Object, container: str) -> bool:
+def _is_loading(pod: Object) -> bool:
     return any(
-        bool(mapping(status, "state", "running"))
+        bool(mapping(status, "state", "running")) and status.get("ready") is not True
         for status in items(pod, "status", "initContainerStatuses")
-        if text(status, "name") == container
+        if text(status, "name") == LOADER
     )
