@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import subprocess
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -135,11 +137,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="demo", description="Headrace on a real cluster.")
     parser.add_argument("--keep", action="store_true", help="leave the cluster up at the end")
     keep = parser.parse_args().keep
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster = Cluster(ROOT / ".cache" / "demo")
     demo = Demo(cluster, ROOT / ".cache" / "demo-volume")
     try:
         demo.run()
-    except (ToolError, LocalkubeError) as error:
+    except (ToolError, LocalkubeError, subprocess.TimeoutExpired) as error:
         print(f"\n{diagnose(cluster)}\n\nfailed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -28,6 +28,8 @@ SECONDS = 20.0
 
 def diagnose(cluster: Cluster) -> str:
     """Return what the cluster tells about itself; parts that do not answer are left out."""
+    if not cluster.kubeconfig.exists():
+        return "the cluster is not up"
     parts = []
     for title, command in QUESTIONS:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -51,9 +52,10 @@ def _module(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _call(arguments: Sequence[str | Path], timeout: float | None = None) -> int:
-    """Run .venv's Python on the terminal; a Ctrl-C reaches it too and is waited for."""
+    """Run .venv's Python on the terminal; it gets a Ctrl-C or SIGTERM too, and time to clean up."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
     process = subprocess.Popen([PYTHON, *arguments], cwd=ROOT, env=environment)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             return process.wait(timeout)
