@@ -16,7 +16,7 @@ from headrace_checkpoint.report import log
 from headrace_handover.channel import close_all
 from headrace_handover.errors import HandoverError
 from headrace_handover.messages import Ready, Region, Tensor
-from headrace_handover.server import HandoverServer, Offer, prepare_directory
+from headrace_handover.server import HandoverServer, Offer
 from headrace_loader import system
 from headrace_loader.backends import PathPolicy, PathReport, protect
 from headrace_loader.checkpoint import Checkpoint, check_ranks, load_manifest
@@ -119,7 +119,6 @@ class Supervisor:
 
     def _open_handover(self, directory: Path) -> HandoverServer:
         try:
-            prepare_directory(directory)
             return HandoverServer(directory, ResidentWeights(self._state))
         except (HandoverError, OSError) as error:
             raise RuntimeDirectoryUnusable(

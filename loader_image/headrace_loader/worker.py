@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from headrace_checkpoint.manifest import Manifest, Part
 from headrace_handover.channel import Channel, close_all
@@ -51,16 +52,23 @@ class SupervisorLink:
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Send a message; safe from any thread."""
-        with self._lock:
-            deadline = time.monotonic() + _SEND_SECONDS
-            self._channel.send(encode(message), descriptors, deadline=deadline)
+        try:
+            with self._lock:
+                deadline = time.monotonic() + _SEND_SECONDS
+                self._channel.send(encode(message), descriptors, deadline=deadline)
+        except HandoverError:
+            _end()
 
     def _watch(self) -> None:
         try:
             self._channel.receive(limit=1, deadline=None)
         finally:
-            # Nobody waits for the weights any more; the memory must not outlive that.
-            os._exit(os.EX_UNAVAILABLE)
+            _end()
+
+
+def _end() -> NoReturn:
+    """End at once: nobody waits for the weights any more, and no memory must outlive that."""
+    os._exit(os.EX_UNAVAILABLE)
 
 
 class ProgressReporter:
@@ -116,15 +124,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _load(options, link)
     except LoaderError as error:
-        link.send(Failed(error.reason, str(error)))
-        return error.exit_code
-    except HandoverError:
-        return os.EX_UNAVAILABLE  # the supervisor is gone
+        return _report(link, error)
     except Exception as error:  # noqa: BLE001 - a defect still has to be reported
-        failure = InternalError(f"rank {options.rank}: {type(error).__name__}: {error}")
-        link.send(Failed(failure.reason, str(failure)))
-        return failure.exit_code
+        text = f"rank {options.rank}: {type(error).__name__}: {error}"
+        return _report(link, InternalError(text))
     return 0
+
+
+def _report(link: SupervisorLink, error: LoaderError) -> int:
+    link.send(Failed(error.reason, str(error)))
+    return error.exit_code
 
 
 def _load(options: argparse.Namespace, link: SupervisorLink) -> None:
