@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
@@ -178,6 +179,24 @@ def test_an_image_that_was_replaced_is_imported_again(node_cluster, tmp_path):
         listing.append(node_cluster.ctr("images", "list", "name==localhost/moving:1"))
     assert listing[0] != listing[1]
     assert listing[0] == listing[2]
+
+
+def test_a_replaced_image_does_not_stay_on_the_disk(node_cluster, tmp_path):
+    def digests():
+        rows = [line.split() for line in node_cluster.ctr("images", "list").splitlines()[1:]]
+        return {row[0]: row[2] for row in rows}
+
+    archive = image(tmp_path, "localhost/replaced:1", b"old")
+    node_cluster.import_image(archive)
+    old = digests()["localhost/replaced:1"]
+    deadline = time.monotonic() + 20
+    while list(digests().values()).count(old) < 2:  # the name, and the CRI plugin's own
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    image(tmp_path, "localhost/replaced:1", b"new, and longer")
+    node_cluster.import_image(archive)
+    assert old not in digests().values()
+    assert old not in node_cluster.ctr("content", "list", "--quiet").split()
 
 
 def test_a_file_that_is_no_image_is_refused(node_cluster, tmp_path):

@@ -71,7 +71,19 @@ class Images:
         output = self._run("import", *flags, archive)
         imported = re.findall(r"^unpacking (\S+) \((sha256:[0-9a-f]+)\)", output, re.MULTILINE)
         write_private(note, "".join(f"{name} {digest}\n" for name, digest in imported))
+        self._forget_replaced()
         return [name for name, _ in imported]
+
+    def _forget_replaced(self) -> None:
+        """Drop images that an import has taken the name from; the kubelet here never does.
+
+        containerd's CRI plugin keeps each under the digest of its configuration as well.
+        """
+        present = self._present()
+        named = {digest for name, digest in present.items() if not name.startswith("sha256:")}
+        nameless = [name for name, digest in present.items() if digest not in named]
+        if nameless:
+            self._run("remove", "--sync", *nameless)
 
     def _present(self) -> dict[str, str]:
         rows = [line.split() for line in self._run("list").splitlines()[1:]]
