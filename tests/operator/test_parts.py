@@ -51,6 +51,11 @@ def test_a_termination_message_is_read() -> None:
     assert (found.reason, found.message, found.total_bytes) == ("Published", "a b", 5)
 
 
+def test_a_message_longer_than_the_kubelet_keeps_is_none_of_ours() -> None:
+    message = json.dumps({"reason": "Published", "message": "x" * 4096})
+    assert termination_of({"message": message}) is None
+
+
 @given(st.text() | st.recursive(st.integers() | st.text(), st.lists).map(json.dumps))
 def test_other_termination_messages_are_none(message: str) -> None:
     assert termination_of({"message": message}) is None
@@ -146,9 +151,10 @@ def test_every_cold_start_counts_once_and_old_ones_not_at_all() -> None:
     before = count()
     starts = ColdStarts(datetime(2026, 11, 24, 12, 0, tzinfo=UTC))
     for _ in range(2):
-        starts.note(
-            [ready_pod("a"), ready_pod("b"), ready_pod("old", Ready="2026-11-24T11:59:59Z")]
-        )
+        starts.note([ready_pod("a"), ready_pod("b")])
+    assert count() == before + 2
+    later = ColdStarts(datetime(2026, 11, 24, 12, 1, 1, tzinfo=UTC))
+    later.note([ready_pod("ready before the operator started")])
     assert count() == before + 2
 
 

@@ -242,6 +242,14 @@ STARTING: dict[str, Any] = {"waiting": {"reason": "PodInitializing"}}
         (STARTING, STARTING, 0, ("False", "PodsStarting"), "WaitingForWeights", "PodsStarting"),
         (LOADING, STARTING, 0, ("False", "Loading"), "WaitingForWeights", "Loading"),
         (HELD, LOADING, 0, ("True", "Resident"), "EngineStarting", "EngineStarting"),
+        (
+            LOADING,
+            {"waiting": {"reason": "ErrImageNeverPull"}},
+            0,
+            ("False", "Loading"),
+            "ErrImageNeverPull",
+            "Loading",
+        ),
         (HELD, HELD, 1, ("True", "Resident"), "Serving", "Serving"),
         (
             {
@@ -376,6 +384,10 @@ def test_ready_waits_for_the_last_old_pod(build: SimpleNamespace) -> None:
             resource, build.world(resource, deployment=deployment, pods=pods)
         )
         expect(conditions["Ready"], "False", "RollingOut", "2 of 2")
+    # the old template is rolled out, and the new one not applied yet
+    changed = build.resource({"replicas": 2, "engine": {"image": "vllm:2"}})
+    stale = build.world(changed, deployment=build.deployment(resource), pods=pods)
+    expect(build.conditions(changed, stale)["Ready"], "False", "RollingOut")
     done = build.world(resource, deployment=build.deployment(resource), pods=pods)
     expect(build.conditions(resource, done)["Ready"], "True", "Serving")
 

@@ -149,7 +149,7 @@ class Operator:
         assert self.process is None
         self.liveness_port, self.metrics_port = free_port(), free_port()
         environment = {
-            "PATH": os.environ["PATH"],
+            **{k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH")},
             "KUBECONFIG": str(self.kubeconfig),
             "HEADRACE_LOADER_IMAGE": "loader:1",
             "HEADRACE_LIVENESS_PORT": str(self.liveness_port),
