@@ -207,20 +207,16 @@ def install_rbac(cluster: Cluster, **values: str) -> None:
     cluster.kubectl("apply", "-n", SYSTEM, "-f", "-", stdin=manifest)
 
 
-def token_kubeconfig(cluster: Cluster, path: Path, account: str = "headrace") -> Path:
+def token_kubeconfig(cluster: Cluster, path: Path) -> Path:
     """Write a kubeconfig with a token of the operator's ServiceAccount."""
-    token = cluster.kubectl("create", "token", account, "-n", SYSTEM).strip()
+    token = cluster.kubectl("create", "token", "headrace", "-n", SYSTEM).strip()
     authority = base64.b64encode(cluster.authority.read_bytes()).decode()
+    target = {"server": cluster.server, "certificate-authority-data": authority}
     config = {
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "it",
-        "clusters": [
-            {
-                "name": "it",
-                "cluster": {"server": cluster.server, "certificate-authority-data": authority},
-            }
-        ],
+        "clusters": [{"name": "it", "cluster": target}],
         "users": [{"name": "it", "user": {"token": token}}],
         "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
     }
