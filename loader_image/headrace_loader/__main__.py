@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -85,9 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="0.0.0.0", help="address of the status server")  # noqa: S104
     add("--port", type=_bounded(65535), default=9400, help="port of the status server")
     add("--plugin-dir", type=Path, help="directory to copy the engine side to")
-    default = min(8, max(2, os.cpu_count() or 1))
     threads = _bounded(_MAX_READ_THREADS)
-    add("--read-threads", type=threads, default=default, help="reading threads per rank")
+    add("--read-threads", type=threads, default=8, help="reading threads per rank")
     return parser
 
 
