@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from headrace_checkpoint.digest import digester
 from headrace_loader.backends import (
     BackendOptions,
     ChunkMismatch,
@@ -148,6 +147,9 @@ def _load(piece: _Piece, buffer: memoryview, progress: Progress) -> None:
     begin, end = source.chunk_range(piece.chunk)
     piece.file.read_into(buffer, begin, end)
     progress.read(end - begin)
+    # Imported here, numpy comes in while the first chunks are being read.
+    from headrace_checkpoint.digest import digester
+
     data = buffer[: end - begin]
     found = digester(source.digest_algorithm, source.chunk_bytes)(data)
     if found != source.digests[piece.chunk]:
