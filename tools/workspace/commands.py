@@ -76,9 +76,14 @@ def _cluster(verb: str, *options: str) -> Callable[[Sequence[str]], int]:
 
 
 def _test(arguments: Sequence[str]) -> int:
-    steps = Steps(total=4)
+    steps = Steps(total=5)
     with steps.step("environment from requirements/dev.txt"):
         _venv()
+    with steps.step("Debian packages of a real node"):
+        if os.geteuid() == 0:
+            _setup("localkube", "install-packages")
+        else:
+            steps.say("root is missing: the tests of a real node will say so and fail")
     with steps.step("Kubernetes binaries from pinned Go modules (minutes when first built)"):
         _setup("localkube", "build", "--all")
     with steps.step("container images (minutes when first built)"):
