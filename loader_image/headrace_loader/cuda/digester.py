@@ -26,6 +26,8 @@ class Digester:
         self._count = count
         self._digests = int(check("cuMemAlloc", cu.cuMemAlloc(count * WORD)))
         check("cuMemsetD8", cu.cuMemsetD8(self._digests, 0, count * WORD))
+        # It only queues the clearing, and the streams of the threads do not wait for it.
+        check("cuCtxSynchronize", cu.cuCtxSynchronize())
 
     def queue(self, stream: Stream, index: int, pointer: int, size: int) -> None:
         """Queue the digest of chunk `index`: `size` bytes, a multiple of 8, at `pointer`."""
