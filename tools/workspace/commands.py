@@ -83,7 +83,7 @@ def _test(arguments: Sequence[str]) -> int:
         if os.geteuid() == 0:
             _setup("localkube", "install-packages")
         else:
-            steps.say("root is missing: the tests of a real node will say so and fail")
+            steps.say("root is missing: the tests that need a real node say so")
     with steps.step("Kubernetes binaries from pinned Go modules (minutes when first built)"):
         _setup("localkube", "build", "--all")
     with steps.step("container images (minutes when first built)"):
@@ -100,8 +100,8 @@ def _setup(*module: str) -> None:
 def _lint(_: Sequence[str]) -> int:
     _venv()
     tools = PYTHON.parent
-    binaries = run([PYTHON, "-m", "localkube", "build", "--all"], timeout=BUILD_SECONDS)
-    helm = next(line.split()[1] for line in binaries.splitlines() if line.startswith("helm "))
+    built = run([PYTHON, "-m", "localkube", "build", "helm"], timeout=BUILD_SECONDS)
+    helm = built.splitlines()[-1].removeprefix("helm ")
     checks: dict[str, Sequence[str | Path]] = {
         "formatting": [tools / "ruff", "format", "--check", "."],
         "lint": [tools / "ruff", "check", "."],

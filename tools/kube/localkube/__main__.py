@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     packages.set_defaults(run=_install_packages)
     build = commands.add_parser("build", help="build binaries into the cache ahead of their use")
     build.add_argument("--all", action="store_true", help="node, kwok and helm as well")
+    build.add_argument(
+        "binaries", nargs="*", metavar="BINARY", help="these alone (default: the control plane's)"
+    )
     build.set_defaults(run=_build)
     return parser
 
@@ -142,8 +145,9 @@ def _install_packages(_: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    wanted = [name for module in MODULES for name in module.commands]
-    paths = binaries.ensure(wanted if options.all else binaries.CONTROL_PLANE)
+    everything = [name for module in MODULES for name in module.commands]
+    wanted = options.binaries or binaries.CONTROL_PLANE
+    paths = binaries.ensure(everything if options.all else wanted)
     for name, path in paths.items():
         print(f"{name} {path}")
 
