@@ -7,13 +7,12 @@ shows on a real GPU whether the memory and its content outlive the worker while
 nothing but the descriptor is open, how long a new process takes to map it
 read-only, and that a write through such a mapping fails.
 
-    python bench/fd_lifetime.py --gib 8 --output bench/results/fd_lifetime.json
+    PYTHONPATH=loader_image python bench/fd_lifetime.py --gib 8 --output FILE
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import socket
@@ -22,135 +21,49 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+from cuda.bindings import driver as cu
+
+from headrace_loader.cuda.driver import POSIX_FD, Device, check
+
 PATTERN = 0x5A17C0DE
 GIB = 1 << 30
 
 
-class Location(ctypes.Structure):
-    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
-
-
-class AllocFlags(ctypes.Structure):
-    _fields_ = [
-        ("compressionType", ctypes.c_ubyte),
-        ("gpuDirectRDMACapable", ctypes.c_ubyte),
-        ("usage", ctypes.c_ushort),
-        ("reserved", ctypes.c_ubyte * 4),
-    ]
-
-
-class AllocationProp(ctypes.Structure):
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("requestedHandleTypes", ctypes.c_int),
-        ("location", Location),
-        ("win32", ctypes.c_void_p),
-        ("allocFlags", AllocFlags),
-    ]
-
-
-class AccessDesc(ctypes.Structure):
-    _fields_ = [("location", Location), ("flags", ctypes.c_int)]
-
-
-POSIX_FD, PINNED, DEVICE, READ, READWRITE = 1, 1, 1, 1, 3
-
-
-class Cuda:
-    """The few driver calls needed, each checked."""
-
-    def __init__(self) -> None:
-        self.lib = ctypes.CDLL("libcuda.so.1")
-        self("cuInit", 0)
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        self("cuDeviceGet", ctypes.byref(device), 0)
-        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self("cuCtxSetCurrent", context)
-
-    def __call__(self, name: str, *args: object) -> None:
-        rc = getattr(self.lib, name)(*args)
-        if rc:
-            raise OSError(rc, f"{name} returned {rc}")
-
-    def map(self, handle: ctypes.c_ulonglong, size: int, flags: int) -> ctypes.c_ulonglong:
-        pointer = ctypes.c_ulonglong()
-        self(
-            "cuMemAddressReserve",
-            ctypes.byref(pointer),
-            ctypes.c_size_t(size),
-            ctypes.c_size_t(0),
-            ctypes.c_ulonglong(0),
-            ctypes.c_ulonglong(0),
-        )
-        self(
-            "cuMemMap",
-            pointer,
-            ctypes.c_size_t(size),
-            ctypes.c_size_t(0),
-            handle,
-            ctypes.c_ulonglong(0),
-        )
-        access = AccessDesc(Location(DEVICE, 0), flags)
-        self(
-            "cuMemSetAccess",
-            pointer,
-            ctypes.c_size_t(size),
-            ctypes.byref(access),
-            ctypes.c_size_t(1),
-        )
-        return pointer
-
-
 def worker(sock: socket.socket, size: int) -> None:
-    cuda = Cuda()
-    prop = AllocationProp(PINNED, POSIX_FD, Location(DEVICE, 0), None, AllocFlags(0, 1, 0))
-    handle, fd = ctypes.c_ulonglong(), ctypes.c_int()
-    cuda(
-        "cuMemCreate",
-        ctypes.byref(handle),
-        ctypes.c_size_t(size),
-        ctypes.byref(prop),
-        ctypes.c_ulonglong(0),
-    )
-    pointer = cuda.map(handle, size, READWRITE)
-    cuda("cuMemsetD32_v2", pointer, ctypes.c_uint(PATTERN), ctypes.c_size_t(size // 4))
-    cuda("cuCtxSynchronize")
-    cuda("cuMemExportToShareableHandle", ctypes.byref(fd), handle, POSIX_FD, ctypes.c_ulonglong(0))
-    socket.send_fds(sock, [b"x"], [fd.value])
+    allocation = Device().allocate(size)
+    check("cuMemsetD32", cu.cuMemsetD32(allocation.pointer, PATTERN, size // 4))
+    check("cuCtxSynchronize", cu.cuCtxSynchronize())
+    socket.send_fds(sock, [b"x"], [allocation.export()])
 
 
 def reader(fd: int, size: int) -> None:
     begin = time.perf_counter()
-    cuda = Cuda()
+    device = Device()
     context = time.perf_counter()
-    handle = ctypes.c_ulonglong()
-    cuda("cuMemImportFromShareableHandle", ctypes.byref(handle), ctypes.c_void_p(fd), POSIX_FD)
-    pointer = cuda.map(handle, size, READ)
+    handle = check("import", cu.cuMemImportFromShareableHandle(fd, POSIX_FD))
+    pointer = int(check("cuMemAddressReserve", cu.cuMemAddressReserve(size, 0, 0, 0)))
+    check("cuMemMap", cu.cuMemMap(pointer, size, 0, handle, 0))
+    access = cu.CUmemAccessDesc()
+    access.location.type = cu.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    access.location.id = int(device.device)
+    access.flags = cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+    check("cuMemSetAccess", cu.cuMemSetAccess(pointer, size, [access], 1))
     mapped = time.perf_counter()
+    host = np.empty((64 << 20) // 4, dtype=np.uint32)
     bad = 0
-    block = 64 << 20
-    host = (ctypes.c_uint * (block // 4))()
-    expected = bytes(ctypes.c_uint(PATTERN)) * (block // 4)
-    for offset in range(0, size, block):
-        cuda(
-            "cuMemcpyDtoH_v2",
-            host,
-            ctypes.c_ulonglong(pointer.value + offset),
-            ctypes.c_size_t(block),
-        )
-        bad += bytes(host) != expected
-    write = cuda.lib.cuMemsetD32_v2(pointer, ctypes.c_uint(0), ctypes.c_size_t(1024))
-    write = write or cuda.lib.cuCtxSynchronize()
-    print(
-        json.dumps(
-            {
-                "context_s": round(context - begin, 4),
-                "import_and_map_s": round(mapped - context, 4),
-                "blocks_wrong": bad,
-                "write_through_read_only_mapping_rc": write,
-            }
-        )
-    )
+    for offset in range(0, size, host.nbytes):
+        address = host.ctypes.data
+        check("cuMemcpyDtoH", cu.cuMemcpyDtoH(address, pointer + offset, host.nbytes))
+        bad += not bool((host == PATTERN).all())
+    write = cu.cuMemsetD32(pointer, 0, 1024)[0] or cu.cuCtxSynchronize()[0]
+    result = {
+        "context_s": round(context - begin, 4),
+        "import_and_map_s": round(mapped - context, 4),
+        "blocks_wrong": bad,
+        "write_through_read_only_mapping_rc": int(write),
+    }
+    print(json.dumps(result))
 
 
 def used_mib() -> int:
