@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
@@ -15,8 +16,6 @@ from typing import NoReturn
 
 from headrace_checkpoint.config import DTYPES
 from headrace_checkpoint.errors import (
-    EX_SOFTWARE,
-    EX_USAGE,
     CheckpointError,
     Interrupted,
     ManifestInvalid,
@@ -24,19 +23,12 @@ from headrace_checkpoint.errors import (
 from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import FORMAT_VERSION
 from headrace_checkpoint.planner import DEFAULT_PART_BYTES
-from headrace_checkpoint.report import log, report_termination
+from headrace_checkpoint.report import ArgumentParser, log, report_termination
 from headrace_checkpoint.sharder import ShardRequest, shard
 from headrace_checkpoint.verifier import verify
 
 _DIRECTORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_TENSOR_PARALLEL = 1024
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exit with EX_USAGE; argparse's own 2 says nothing to a Job's failure policy."""
-        self.print_usage(sys.stderr)
-        self.exit(EX_USAGE, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +56,7 @@ def _shard(options: argparse.Namespace) -> int:
         return _failed(error.reason, str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001 - the last resort still has to report
         log("defect", "error", trace=traceback.format_exc())
-        return _failed("InternalError", f"{type(error).__name__}: {error}", EX_SOFTWARE)
+        return _failed("InternalError", f"{type(error).__name__}: {error}", os.EX_SOFTWARE)
     seconds = round(time.monotonic() - started, 3)
     total = result.manifest.total_bytes
     log(result.reason, output=str(options.output), totalBytes=total, seconds=seconds)
@@ -126,7 +118,7 @@ def _identity(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="headrace", description=__doc__)
+    parser = ArgumentParser(prog="headrace", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sharding = commands.add_parser("shard", help="make a pre-sharded checkpoint of a model")
     sharding.set_defaults(command=_shard)

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headrace_checkpoint.manifest import MULTILINEAR64
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
-ALGORITHM = "multilinear64"
+ALGORITHM = MULTILINEAR64
 WORD = 8
 
 
@@ -81,34 +83,3 @@ def digester(algorithm: str, chunk_bytes: int) -> Callable[[Buffer], str]:
         ALGORITHM: lambda chunk: chunk_digest(chunk, chunk_bytes),
     }
     return functions[algorithm]
-
-
-class ChunkHasher:
-    """Chunk digests of a stream written piece by piece."""
-
-    def __init__(self, chunk_bytes: int) -> None:
-        self._chunk_bytes = chunk_bytes
-        self._pending = bytearray()
-        self._digests: list[str] = []
-
-    def update(self, data: Buffer) -> None:
-        """Take the next bytes of the stream."""
-        view = _octets(data)
-        if self._pending:
-            missing = self._chunk_bytes - len(self._pending)
-            self._pending += view[:missing].tobytes()
-            view = view[missing:]
-            if len(self._pending) < self._chunk_bytes:
-                return
-            self._digests.append(chunk_digest(self._pending, self._chunk_bytes))
-            self._pending = bytearray()
-        whole = len(view) - len(view) % self._chunk_bytes
-        self._digests.extend(chunk_digests(view[:whole], self._chunk_bytes))
-        self._pending += view[whole:].tobytes()
-
-    def finish(self) -> tuple[str, ...]:
-        """All digests, the one of the last short chunk included."""
-        if self._pending:
-            self._digests.append(chunk_digest(self._pending, self._chunk_bytes))
-            self._pending = bytearray()
-        return tuple(self._digests)

@@ -8,16 +8,13 @@ the rule it breaks and the fix.
 # Class names are the published reasons, which carry no "Error" suffix.
 # ruff: noqa: N818
 
-EX_USAGE = 64
-EX_DATAERR = 65
-EX_SOFTWARE = 70
-EX_TEMPFAIL = 75
+import os
 
 
 class CheckpointError(Exception):
     """Base of all errors this package raises on purpose."""
 
-    exit_code = EX_SOFTWARE
+    exit_code = os.EX_SOFTWARE
 
     @property
     def reason(self) -> str:
@@ -32,7 +29,7 @@ class InternalError(CheckpointError):
 class InputError(CheckpointError):
     """The input cannot be used; trying again with the same input is pointless."""
 
-    exit_code = EX_DATAERR
+    exit_code = os.EX_DATAERR
 
 
 class SourceNotFound(InputError):
@@ -74,7 +71,7 @@ class CheckpointConflict(InputError):
 class TransientError(CheckpointError):
     """The environment failed; the same call may succeed later."""
 
-    exit_code = EX_TEMPFAIL
+    exit_code = os.EX_TEMPFAIL
 
 
 class NoSpaceOnVolume(TransientError):

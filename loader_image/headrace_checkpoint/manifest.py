@@ -23,7 +23,10 @@ TENSOR_ALIGNMENT = 256
 CHUNK_BYTES = 4 * 1024 * 1024
 """Bytes of data section that one digest covers, as written; readers take the manifest's."""
 
-DIGEST_HEX_DIGITS = {"sha256": 64, "multilinear64": 16}
+MULTILINEAR64 = "multilinear64"
+"""The digest of weight data that headrace_checkpoint.digest defines."""
+
+DIGEST_HEX_DIGITS = {"sha256": 64, MULTILINEAR64: 16}
 """Algorithms that chunk digests may have, with the length of their digests."""
 
 _MAX_CHUNK_BYTES = 1024**3
@@ -70,6 +73,14 @@ class Part:
     data_bytes: int
     chunk_digests: tuple[str, ...]
     tensors: tuple[TensorEntry, ...]
+
+    def names_between(self, begin: int, end: int) -> list[str]:
+        """Return the names of the tensors with bytes from `begin` to `end` of the data section."""
+        return [
+            tensor.name
+            for tensor in self.tensors
+            if tensor.offset < end and begin < tensor.offset + tensor.nbytes
+        ]
 
     def to_object(self) -> dict[str, object]:
         """Return the JSON object of this part."""
@@ -193,6 +204,11 @@ def read_manifest(directory: Path | str) -> Manifest:
     Raises FileNotFoundError when there is none, ManifestInvalid when it is wrong,
     StorageError when it cannot be read.
     """
+    return read_manifest_and_content(directory)[0]
+
+
+def read_manifest_and_content(directory: Path | str) -> tuple[Manifest, bytes]:
+    """Do what `read_manifest` does; return the bytes it was read from as well."""
     path = Path(directory) / FILE_NAME
     try:
         with path.open("rb") as file:
@@ -204,7 +220,7 @@ def read_manifest(directory: Path | str) -> Manifest:
     if len(content) > _MAX_MANIFEST_BYTES:
         raise ManifestInvalid(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes")
     try:
-        return Manifest.from_json(content)
+        return Manifest.from_json(content), content
     except ManifestInvalid as error:
         raise ManifestInvalid(f"{path}: {error}") from None
 

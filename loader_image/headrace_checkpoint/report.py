@@ -1,13 +1,24 @@
-"""What the process tells the outside: JSON log lines and the termination message."""
+"""What a command tells the outside: JSON log lines, the termination message, wrong usage."""
 
+import argparse
 import json
 import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 3072
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Exits with EX_USAGE; argparse's own 2 says nothing to whoever reads exit codes."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong with it, and exit."""
+        self.print_usage(sys.stderr)
+        self.exit(os.EX_USAGE, f"{self.prog}: {message}\n")
 
 
 def log(event: str, level: str = "info", /, **fields: object) -> None:

@@ -69,11 +69,5 @@ def _verify_chunks(file: SourceFile, manifest: Manifest, part: Part) -> None:
         if digest(chunk) != expected:
             raise DigestMismatch(
                 f"{file.path}: chunk {number} (data bytes {begin} to {end}) differs from its "
-                f"digest; it holds {', '.join(_tensors(part, begin, end))}"
+                f"digest; it holds {', '.join(part.names_between(begin, end))}"
             )
-
-
-def _tensors(part: Part, begin: int, end: int) -> Iterator[str]:
-    for tensor in part.tensors:
-        if tensor.offset < end and begin < tensor.offset + tensor.nbytes:
-            yield tensor.name

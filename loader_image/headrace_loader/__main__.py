@@ -6,22 +6,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from headrace_checkpoint.report import log, report_termination
+from headrace_checkpoint.report import ArgumentParser, log, report_termination
 from headrace_loader.backends import BACKENDS, PathPolicy
-from headrace_loader.errors import EX_USAGE, InternalError, LoaderError
+from headrace_loader.errors import InternalError, LoaderError
 from headrace_loader.supervisor import Options, Supervisor
 
 _MAX_READ_THREADS = 256
 _MAX_RANKS = 1024
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exit with EX_USAGE; argparse's own 2 says nothing to whoever reads exit codes."""
-        self.print_usage(sys.stderr)
-        self.exit(EX_USAGE, f"{self.prog}: {message}\n")
 
 
 class _JsonLines(logging.Handler):
@@ -70,7 +62,7 @@ def _options(parsed: argparse.Namespace) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="headrace-loader",
         description="Load a checkpoint's weights, keep them resident, hand them to engines.",
     )

@@ -31,15 +31,14 @@ def load_manifest(directory: Path) -> Checkpoint:
     Raises CheckpointMissing, ManifestInvalid, StorageError.
     """
     try:
-        manifest = manifests.read_manifest(directory)
-        digest = hashlib.sha256((directory / manifests.FILE_NAME).read_bytes()).hexdigest()
+        manifest, content = manifests.read_manifest_and_content(directory)
     except FileNotFoundError as error:
         raise CheckpointMissing(f"--checkpoint {error}") from None
     except checkpoint_errors.ManifestInvalid as error:
         raise ManifestInvalid(f"{error}; shard the model again") from None
-    except (OSError, checkpoint_errors.StorageError) as error:
+    except checkpoint_errors.StorageError as error:
         raise StorageError(str(error)) from None
-    return Checkpoint(directory, manifest, digest)
+    return Checkpoint(directory, manifest, hashlib.sha256(content).hexdigest())
 
 
 def check_ranks(checkpoint: Checkpoint, tensor_parallel_size: int) -> None:

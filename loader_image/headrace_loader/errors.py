@@ -6,17 +6,13 @@ in the termination log and in conditions, and `exit_code` after sysexits(3).
 # Class names are the published reasons, which carry no "Error" suffix.
 # ruff: noqa: N818
 
-EX_USAGE = 64
-EX_DATAERR = 65
-EX_UNAVAILABLE = 69
-EX_SOFTWARE = 70
-EX_TEMPFAIL = 75
+import os
 
 
 class LoaderError(Exception):
     """Base of all errors this package raises on purpose."""
 
-    exit_code = EX_SOFTWARE
+    exit_code = os.EX_SOFTWARE
 
     @property
     def reason(self) -> str:
@@ -31,55 +27,55 @@ class InternalError(LoaderError):
 class CheckpointMissing(LoaderError):
     """The checkpoint directory, or a file its manifest promises, does not exist."""
 
-    exit_code = EX_DATAERR
+    exit_code = os.EX_DATAERR
 
 
 class ManifestInvalid(LoaderError):
     """manifest.json is unreadable, breaks a rule, or asks for more than can be handed over."""
 
-    exit_code = EX_DATAERR
+    exit_code = os.EX_DATAERR
 
 
 class ParallelismMismatch(LoaderError):
     """The checkpoint is cut for another number of ranks."""
 
-    exit_code = EX_DATAERR
+    exit_code = os.EX_DATAERR
 
 
 class DigestMismatch(LoaderError):
     """Bytes on the volume differ from what was written."""
 
-    exit_code = EX_DATAERR
+    exit_code = os.EX_DATAERR
 
 
 class BackendUnavailable(LoaderError):
     """The kind of memory that was asked for cannot be had here."""
 
-    exit_code = EX_UNAVAILABLE
+    exit_code = os.EX_UNAVAILABLE
 
 
 class DirectPathUnavailable(LoaderError):
     """GPUDirect is required and not to be had."""
 
-    exit_code = EX_UNAVAILABLE
+    exit_code = os.EX_UNAVAILABLE
 
 
 class OutOfMemory(LoaderError):
     """The weights do not fit."""
 
-    exit_code = EX_TEMPFAIL
+    exit_code = os.EX_TEMPFAIL
 
 
 class StorageError(LoaderError):
     """Reading failed; the same load may succeed later."""
 
-    exit_code = EX_TEMPFAIL
+    exit_code = os.EX_TEMPFAIL
 
 
 class RuntimeDirectoryUnusable(LoaderError):
     """A directory the loader writes to, or its port, cannot be used."""
 
-    exit_code = EX_UNAVAILABLE
+    exit_code = os.EX_UNAVAILABLE
 
 
 PUBLISHED: dict[str, type[LoaderError]] = {

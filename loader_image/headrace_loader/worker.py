@@ -179,11 +179,7 @@ def _digest_mismatch(error: ChunkMismatch, parts: Sequence[Part]) -> DigestMisma
     source = error.source
     begin, end = source.chunk_range(error.chunk)
     part = next(part for part in parts if part.file == source.path.name)
-    names = [
-        tensor.name
-        for tensor in part.tensors
-        if tensor.offset < end and begin < tensor.offset + tensor.nbytes
-    ]
+    names = part.names_between(begin, end)
     more = f" and {len(names) - _NAMED_TENSORS} more" if len(names) > _NAMED_TENSORS else ""
     return DigestMismatch(
         f"{source.path}: chunk {error.chunk} (data bytes {begin} to {end}, tensors "

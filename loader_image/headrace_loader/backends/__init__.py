@@ -18,6 +18,10 @@ from typing import Protocol
 
 from headrace_loader.errors import BackendUnavailable
 
+POLICY_OFF = "PolicyOff"
+POLICY_OFF_MESSAGE = "spec.loading.path is Off"
+"""Reason and explanation of a path that is not direct because nobody wants it to be."""
+
 
 class PathPolicy(enum.StrEnum):
     """What the user wants of GPUDirect: data going from storage to the GPU by DMA."""

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
+from headrace_checkpoint.manifest import MULTILINEAR64
 from headrace_loader.backends import (
     BackendOptions,
     ChunkMismatch,
@@ -26,7 +27,7 @@ from headrace_loader.backends import (
     Region,
 )
 from headrace_loader.backends.parallel import run_parallel
-from headrace_loader.backends.reading import PartFile
+from headrace_loader.backends.reading import PartFile, staged
 from headrace_loader.cuda import gds
 from headrace_loader.cuda.digester import WORD, Digester
 from headrace_loader.cuda.driver import Allocation, CudaError, Device, Event, PinnedBuffer, Stream
@@ -37,7 +38,6 @@ from headrace_loader.errors import (
     OutOfMemory,
 )
 
-DIGEST_ALGORITHM = "multilinear64"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -202,14 +202,7 @@ class CudaBackend:
             else:
                 return lambda: _DirectLane(opened), PathReport("GPUDirect", "", True, "", "")
         chunk_bytes = max(file.source.chunk_bytes for file in files)
-        buffered = [file.buffered_reason for file in files if file.buffered_reason]
-        report = PathReport(
-            path="buffered" if buffered else "O_DIRECT",
-            reason=buffered[0] if buffered else "",
-            direct=False,
-            direct_reason=direct.reason,
-            direct_message=direct.message,
-        )
+        report = staged(files, direct.reason, direct.message)
         return lambda: _StagedLane(chunk_bytes), report
 
 
@@ -239,10 +232,10 @@ def _pieces(files: Sequence[PartFile], pointers: Sequence[int]) -> list[_Piece]:
     pieces: list[_Piece] = []
     for file, pointer in zip(files, pointers, strict=True):
         source = file.source
-        if source.digest_algorithm != DIGEST_ALGORITHM:
+        if source.digest_algorithm != MULTILINEAR64:
             raise BackendUnavailable(
                 f"{source.path}: digestAlgorithm {source.digest_algorithm}: the CUDA backend "
-                f"checks {DIGEST_ALGORITHM} alone; shard the model again"
+                f"checks {MULTILINEAR64} alone; shard the model again"
             )
         first = len(pieces)
         pieces.extend(

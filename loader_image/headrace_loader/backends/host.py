@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from headrace_loader.backends import (
+    POLICY_OFF,
+    POLICY_OFF_MESSAGE,
     BackendOptions,
     ChunkMismatch,
     PartSource,
@@ -25,7 +27,7 @@ from headrace_loader.backends import (
     Region,
 )
 from headrace_loader.backends.parallel import run_parallel
-from headrace_loader.backends.reading import PartFile
+from headrace_loader.backends.reading import PartFile, staged
 from headrace_loader.errors import DirectPathUnavailable, InternalError, OutOfMemory
 
 DEVICE = "host"
@@ -125,15 +127,9 @@ class HostBackend:
         """Nothing is held beside the regions."""
 
     def _report(self, files: Sequence[PartFile]) -> PathReport:
-        off = self._options.policy is PathPolicy.OFF
-        buffered = [file.buffered_reason for file in files if file.buffered_reason]
-        return PathReport(
-            path="buffered" if buffered else "O_DIRECT",
-            reason=buffered[0] if buffered else "",
-            direct=False,
-            direct_reason="PolicyOff" if off else "HostBackend",
-            direct_message="spec.loading.path is Off" if off else _NO_GPU_DIRECT,
-        )
+        if self._options.policy is PathPolicy.OFF:
+            return staged(files, POLICY_OFF, POLICY_OFF_MESSAGE)
+        return staged(files, "HostBackend", _NO_GPU_DIRECT)
 
 
 def _host_region(region: Region) -> HostRegion:

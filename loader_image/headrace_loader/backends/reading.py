@@ -7,10 +7,11 @@ would otherwise compete with the weights for memory.
 import errno
 import mmap
 import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from headrace_loader.backends import PartSource
+from headrace_loader.backends import PartSource, PathReport
 from headrace_loader.errors import CheckpointMissing, DigestMismatch, StorageError
 
 ALIGNMENT = 4096
@@ -31,11 +32,10 @@ class PartFile:
 
     def __init__(self, source: PartSource, *, prefer_cache: bool = False) -> None:
         self.source = source
-        self._prefer_cache = prefer_cache
         self.buffered_reason = ""
         self._descriptor = -1
         try:
-            self._descriptor = self._open()
+            self._descriptor = self._open(prefer_cache=prefer_cache)
             size = os.fstat(self._descriptor).st_size
         except FileNotFoundError:
             raise CheckpointMissing(
@@ -94,8 +94,8 @@ class PartFile:
                 f"{error.strerror}"
             ) from None
 
-    def _open(self) -> int:
-        if self._prefer_cache:
+    def _open(self, *, prefer_cache: bool) -> int:
+        if prefer_cache:
             descriptor = self._open_buffered("the page cache holds the file")
             if is_cached(descriptor, self.source.offset, self.source.nbytes):
                 return descriptor
@@ -124,6 +124,18 @@ class PartFile:
         """Read one block: some file systems take the flag and refuse the read."""
         with mmap.mmap(-1, ALIGNMENT) as block:
             os.preadv(descriptor, [block], self.source.offset)
+
+
+def staged(files: Sequence[PartFile], direct_reason: str, direct_message: str) -> PathReport:
+    """Report that the bytes go through host memory, and by which kind of read."""
+    buffered = next((file.buffered_reason for file in files if file.buffered_reason), "")
+    return PathReport(
+        path="buffered" if buffered else "O_DIRECT",
+        reason=buffered,
+        direct=False,
+        direct_reason=direct_reason,
+        direct_message=direct_message,
+    )
 
 
 def is_cached(descriptor: int, offset: int, nbytes: int) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace_loader.backends import POLICY_OFF, POLICY_OFF_MESSAGE
 from headrace_loader.errors import DirectPathUnavailable, StorageError
 
 _NVIDIA_FS = Path("/proc/driver/nvidia-fs/version")
@@ -29,7 +30,7 @@ class Probe:
 def probe(wanted: bool) -> Probe:
     """Look for all that GPUDirect Storage needs, cheapest first; never blocks."""
     if not wanted:
-        return Probe(False, "PolicyOff", "spec.loading.path is Off")
+        return Probe(False, POLICY_OFF, POLICY_OFF_MESSAGE)
     if not _MODULES.exists():
         return Probe(
             False, "ModulesUnreadable", f"{_MODULES} does not exist, cuFile cannot start without it"
