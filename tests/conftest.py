@@ -1,6 +1,30 @@
-"""Order of the suite: what is quick comes first, so that a failure shows early."""
+"""Order of the suite, and which tests share a worker process.
+
+In one process what is quick comes first, so that a failure shows early. Spread over
+workers the longest comes first, so that none is left for the end.
+"""
+
+from pathlib import PurePosixPath
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 MARKERS = ("cluster", "engine", "node")  # from quick to slow
+# Their tests share a cluster or an engine; elsewhere the tests of one file stay together.
+SHARING = {"tests/engine", "tests/images", "tests/kube", "tests/node", "tests/operator/cluster"}
+
+
+class Scheduling(LoadScopeScheduling):
+    """Gives tests that share expensive fixtures to one worker."""
+
+    def _split_scope(self, nodeid):
+        path = PurePosixPath(nodeid.split("::")[0])
+        return str(path.parent if str(path.parent) in SHARING else path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
 
 
 def cost(item):
@@ -10,5 +34,5 @@ def cost(item):
     )
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=cost)
+def pytest_collection_modifyitems(config, items):
+    items.sort(key=cost, reverse=hasattr(config, "workerinput"))

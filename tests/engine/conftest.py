@@ -62,13 +62,13 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Shard a model for one rank; returns the checkpoint's directory."""
+    """Shard a model; returns the checkpoint's directory."""
 
-    def make(model: Path, dtype: str = "auto") -> Path:
+    def make(model: Path, dtype: str = "auto", ranks: int = 1) -> Path:
         output = tmp_path_factory.mktemp("checkpoints") / "made"
         shard(
             ShardRequest(
-                source=model, output=output, tensor_parallel_size=1, identity={}, dtype=dtype
+                source=model, output=output, tensor_parallel_size=ranks, identity={}, dtype=dtype
             )
         )
         return output

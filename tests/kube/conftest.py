@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def control_plane(tmp_path_factory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("control-plane")).up(kwok=2) as cluster:
         yield cluster
@@ -28,7 +28,7 @@ def can_run_node() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def node_cluster(can_run_node, tmp_path_factory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("node")).up(node=True) as cluster:
         yield cluster

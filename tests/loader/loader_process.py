@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace_checkpoint.digest import digester
@@ -21,7 +23,6 @@ from headrace_checkpoint.safetensors_format import build_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 TensorSpec = tuple[str, str, tuple[int, ...]]
 
@@ -96,7 +97,9 @@ class LoaderProcess:
 
     def __init__(self, root: Path, checkpoint: Path, *arguments: str, **environment: str) -> None:
         self.root = root
-        self.runtime = root / "runtime"
+        # Not below `root`, whose length may be beyond that of a socket's path (108 bytes).
+        self._temporary = tempfile.TemporaryDirectory(prefix="headrace-")
+        self.runtime = Path(self._temporary.name) / "runtime"
         self.termination_log = root / "termination-log"
         self.socket = self.runtime / "handover" / "handover.sock"
         self._command = ["--checkpoint", str(checkpoint), *arguments]
@@ -111,14 +114,12 @@ class LoaderProcess:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        common = ["--runtime-dir", str(self.runtime), "--port", str(self.port)]
-        if "--backend" not in self._command:
-            common += ["--backend", "host"]
+        common = ["--runtime-dir", str(self.runtime), "--backend", "host", "--port", str(self.port)]
         environment = os.environ | self._environment
         environment["HEADRACE_TERMINATION_LOG"] = str(self.termination_log)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "headrace_loader", *self._command, *common],
+                [sys.executable, "-m", "headrace_loader", *common, *self._command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -180,3 +181,4 @@ class LoaderProcess:
             if process.poll() is None:
                 process.kill()
                 process.wait(30)
+        self._temporary.cleanup()

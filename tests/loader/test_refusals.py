@@ -179,9 +179,9 @@ def test_a_runtime_directory_that_cannot_be_written(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
     support.make_checkpoint(tmp_path / "checkpoint")
-    (tmp_path / "loader0").mkdir()
-    (tmp_path / "loader0/runtime").write_text("a file")
-    reason, message = failed(start_loader(tmp_path / "checkpoint"), 69)
+    (tmp_path / "file").write_text("not a directory")
+    loader = start_loader(tmp_path / "checkpoint", f"--runtime-dir={tmp_path}/file")
+    reason, message = failed(loader, 69)
     assert reason == "RuntimeDirectoryUnusable"
     assert "--runtime-dir" in message
 

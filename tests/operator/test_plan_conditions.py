@@ -192,21 +192,25 @@ def test_a_warning_event_tells_why_a_job_has_no_pod(build: SimpleNamespace) -> N
 
 
 @pytest.mark.parametrize(
-    ("conditions", "pods", "status", "reason"),
+    ("conditions", "phases", "status", "reason"),
     [
-        ((), 0, "False", "ShardJobStarting"),
-        ((), 1, "False", "Sharding"),
-        (("Suspended",), 0, "False", "ShardJobSuspended"),
-        (("Complete",), 0, "True", "Published"),
+        ((), (), "False", "ShardJobStarting"),
+        ((), ("Pending",), "False", "ShardJobStarting"),
+        ((), ("Running",), "False", "Sharding"),
+        ((), ("Succeeded",), "False", "Sharding"),
+        (("Suspended",), (), "False", "ShardJobSuspended"),
+        (("Complete",), (), "True", "Published"),
     ],
 )
 def test_progress_of_the_shard_job(
-    build: SimpleNamespace, conditions: Any, pods: int, status: str, reason: str
+    build: SimpleNamespace, conditions: Any, phases: Any, status: str, reason: str
 ) -> None:
     resource = build.resource()
     job = build.job(resource, *map(build.condition, conditions))
-    running = tuple(build.job_pod(build.container("shard", running=RUNNING)) for _ in range(pods))
-    observed = build.world(resource, jobs=(job,), pods=running)
+    pods = tuple(
+        build.job_pod(build.container("shard", running=RUNNING), phase=phase) for phase in phases
+    )
+    observed = build.world(resource, jobs=(job,), pods=pods)
     expect(build.conditions(resource, observed)["CheckpointReady"], status, reason)
 
 

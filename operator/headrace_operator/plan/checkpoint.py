@@ -160,8 +160,8 @@ def _of_running_job(job: Object, pods: list[Object], observed: Observed) -> Draf
     if not pods and text(warning, "reason"):
         reason = camel_case(text(warning, "reason"), "ShardJobStuck")
         return problem(reason, f"Job {name}: {text(warning, 'message')}")
-    running = any(text(pod, "status", "phase") == "Running" for pod in pods)
-    if running:
+    # A pod that has succeeded is ahead of its Job's completion by a second or two.
+    if any(text(pod, "status", "phase") in {"Running", "Succeeded"} for pod in pods):
         return waiting("Sharding", f"Job {name} is writing the checkpoint")
     return waiting("ShardJobStarting", f"Job {name} waits for its pod")
 
