@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from headrace_operator.plan import Observed, Rejection
+from headrace_operator.plan.world import LoadedPath
 
 RUNNING = {"startedAt": "2026-11-24T11:59:30Z"}
 CRASH = {"exitCode": 1, "reason": "Error"}
@@ -293,6 +294,35 @@ def test_direct_path(build: SimpleNamespace) -> None:
     conditions = build.conditions(gpu, observed)
     expect(conditions["DirectPath"], "False", "DirectPathUnavailable", "no nvidia-fs")
     expect(conditions["WeightsResident"], "False", "DirectPathUnavailable")
+
+
+@pytest.mark.parametrize(
+    ("paths", "status", "reason", "fragment"),
+    [
+        ((), "Unknown", "LoaderUnreachable", "port 9400"),
+        ((LoadedPath(True, "", ""),), "Unknown", "LoaderUnreachable", "pod serve-1"),
+        ((LoadedPath(True, "", ""),) * 2, "True", "GPUDirect", "2 of 2"),
+        (
+            (LoadedPath(True, "", ""), LoadedPath(False, "NvidiaFsMissing", "no nvidia-fs")),
+            "False",
+            "NvidiaFsMissing",
+            "pod serve-1: the weights took another path: no nvidia-fs",
+        ),
+        ((LoadedPath(False, "not a reason", "x"),), "False", "FellBack", "serve-0"),
+    ],
+)
+def test_direct_path_as_the_loaders_tell_it(
+    build: SimpleNamespace, paths: Any, status: str, reason: str, fragment: str
+) -> None:
+    gpu = build.resource(GPU | {"replicas": 2, "loading": {"path": "Prefer"}})
+    loader = build.container("loader", running=RUNNING, ready=True)
+    engine = build.container("engine", **STARTING)
+    pods = tuple(build.serving_pod(gpu, loader, engine, name=f"serve-{n}") for n in range(2))
+    told = {pod["metadata"]["uid"]: path for pod, path in zip(pods, paths, strict=False)}
+    observed = build.world(gpu, deployment=build.deployment(gpu, 0), pods=pods, loaded_paths=told)
+    expect(build.conditions(gpu, observed)["DirectPath"], status, reason, fragment)
+    again = build.plan(gpu, observed).requeue_seconds
+    assert (again is not None) == (reason == "LoaderUnreachable")
 
 
 def test_a_spec_that_cannot_be_read_is_a_condition(build: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
@@ -18,11 +19,13 @@ from headrace_operator.cluster.kinds import (
     VOLUME,
     Kind,
 )
+from headrace_operator.cluster.loaders import Loaders
 from headrace_operator.cluster.store import Store, key_of
 from headrace_operator.errors import Forbidden, NotFound
 from headrace_operator.plan import Observed, needs
 from headrace_operator.plan.failures import stuck
 from headrace_operator.plan.objects import controller_uid, mapping, text, uid_of
+from headrace_operator.plan.serving import loader_addresses
 from headrace_operator.plan.serving_pod import GPU_RESOURCE
 
 _T = TypeVar("_T")
@@ -37,6 +40,7 @@ class Observer:
         self._api = api
         self._store = store
         self._gpus_of_nodes = _Cached(self._list_gpus_of_nodes)
+        self._loaders = Loaders()
         self._dra_served = _Cached(lambda: api.serves(CLAIM_TEMPLATE))
 
     async def observe(self, resource: Object, now: datetime) -> Observed:
@@ -45,7 +49,7 @@ class Observer:
         key = key_of(resource)
         pods = tuple(self._store.children(POD, key))
         jobs = self._owned(JOB, resource)
-        return Observed(
+        observed = Observed(
             claim=await self._get(CLAIM, wanted.claim, key.namespace),
             source_claim=await self._get(CLAIM, wanted.source_claim, key.namespace),
             volume=await self._get(VOLUME, wanted.volume, None),
@@ -63,6 +67,10 @@ class Observer:
                 if (event := await self._last_warning(body)) is not None
             },
         )
+        if not wanted.loaded_paths:
+            return observed
+        told = await self._loaders.paths(loader_addresses(observed))
+        return replace(observed, loaded_paths=told)
 
     def _owned(self, kind: Kind, resource: Object) -> tuple[Object, ...]:
         children = self._store.children(kind, key_of(resource))

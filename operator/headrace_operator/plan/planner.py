@@ -40,6 +40,7 @@ from headrace_operator.plan.serving import (
     available,
     direct_path,
     failures,
+    may_be_direct,
     refusal,
     weights_resident,
 )
@@ -50,8 +51,9 @@ from headrace_operator.plan.world import NAME_CONFLICT, Needs, Observed, Plan, S
 # No event tells that claims of others change, or that children of a deleted object which had
 # the same name are gone.
 _RECHECK_SECONDS = 5.0
-# Why these last is told only by events, which are looked up once it has lasted.
-_STANDING = frozenset({"ShardJobStarting", "PodsStarting"})
+# Why these last is told only by events, which are looked up once it has lasted; a loader that
+# did not answer is asked again.
+_STANDING = frozenset({"ShardJobStarting", "PodsStarting", "LoaderUnreachable"})
 _UNWATCHED = frozenset({"ClaimNotFound", "ClaimPending", "ClaimTerminating", "SourceClaimNotFound"})
 
 _SUMMARISED = (
@@ -73,6 +75,7 @@ def needs(resource: Object) -> Needs:
         volume=volume_name(resource) if spec.volume.static is not None else None,
         gpus_of_nodes=spec.gpu.sharing == "WholeNode",
         dra_served=spec.gpu.sharing == "ResourceClaim",
+        loaded_paths=may_be_direct(spec),
     )
 
 

@@ -1,5 +1,8 @@
 """The conditions of the serving pods: WeightsResident, Available, DirectPath."""
 
+from dataclasses import dataclass
+
+from headrace_operator.api.parts import LOADER_PORT
 from headrace_operator.api.spec import ModelDeploymentSpec
 from headrace_operator.plan.conditions import (
     UNKNOWN,
@@ -14,11 +17,13 @@ from headrace_operator.plan.failures import Failure, failures_of
 from headrace_operator.plan.names import COMPONENT_LABEL, KEY_ANNOTATION, SERVE, checkpoint_key
 from headrace_operator.plan.objects import (
     Object,
+    camel_case,
     condition_of,
     integer,
     is_deleting,
     items,
     mapping,
+    name_of,
     text,
     uid_of,
 )
@@ -27,6 +32,25 @@ from headrace_operator.plan.world import Observed
 
 _WORKLOAD_KINDS = ("ResourceClaimTemplate", "Deployment")
 SCALED_TO_ZERO = holds("ScaledToZero", "spec.replicas is 0")
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderAddress:
+    """Where a loader that holds its weights can be asked."""
+
+    pod_uid: str
+    container_id: str
+    ip: str
+
+
+def loader_addresses(observed: Observed) -> list[LoaderAddress]:
+    """Return the loaders of the serving pods that hold their weights."""
+    return [
+        LoaderAddress(uid_of(pod), text(status, "containerID"), ip)
+        for pod in serving_pods(observed)
+        for status in _ready_loaders(pod)
+        if (ip := text(pod, "status", "podIP"))
+    ]
 
 
 def serving_pods(observed: Observed) -> list[Object]:
@@ -79,7 +103,7 @@ def weights_resident(
     if observed.deployment is not None and spec.replicas == 0:
         return SCALED_TO_ZERO
     pods = _pods_of_checkpoint(spec, observed)
-    resident = sum(_is_ready(pod, "initContainerStatuses", LOADER) for pod in pods)
+    resident = sum(len(_ready_loaders(pod)) for pod in pods)
     counts = f"{resident} of {spec.replicas} replicas hold the weights"
     if resident >= spec.replicas and observed.deployment is not None:
         return holds("Resident", counts)
@@ -111,17 +135,34 @@ def available(spec: ModelDeploymentSpec, observed: Observed, *, resident: bool) 
 
 def direct_path(spec: ModelDeploymentSpec, observed: Observed) -> Draft:
     """Return the condition DirectPath: weights come by GPUDirect Storage."""
-    if spec.gpu.sharing == "None" or spec.loading.path == "Off":
+    if not may_be_direct(spec):
         return Draft("False", "Off", "the direct path is off (spec.loading.path, spec.gpu.sharing)")
     unavailable = "DirectPathUnavailable"
     failure = next((f for f in failures(observed) if f.reason == unavailable), None)
     if failure is not None:
         return of_failure(failure)
-    return Draft(
-        UNKNOWN,
-        "NotReported",
-        "the loader tells the path in use at /v1/status and /metrics of its port",
-    )
+    holding = [pod for pod in _pods_of_checkpoint(spec, observed) if _ready_loaders(pod)]
+    told = {name_of(pod): observed.loaded_paths.get(uid_of(pod)) for pod in holding}
+    for pod, path in told.items():
+        if path is not None and not path.direct:
+            reason = camel_case(path.reason, "FellBack")
+            return problem(reason, f"pod {pod}: the weights took another path: {path.message}")
+    silent = [pod for pod, path in told.items() if path is None]
+    if silent:
+        return Draft(
+            UNKNOWN,
+            "LoaderUnreachable",
+            f"pod {silent[0]}: its loader did not tell its path; the operator must reach port "
+            f"{LOADER_PORT} of the pods (NetworkPolicy)",
+        )
+    if told:
+        return holds("GPUDirect", f"{len(told)} of {spec.replicas} replicas loaded by GPUDirect")
+    return Draft(UNKNOWN, "NotReported", "no loader holds weights yet")
+
+
+def may_be_direct(spec: ModelDeploymentSpec) -> bool:
+    """Whether a loader of the spec tries GPUDirect Storage at all."""
+    return spec.gpu.sharing != "None" and spec.loading.path != "Off"
 
 
 def _stopped(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
@@ -150,12 +191,12 @@ def _pods_of_checkpoint(spec: ModelDeploymentSpec, observed: Observed) -> list[O
     ]
 
 
-def _is_ready(pod: Object, statuses: str, container: str) -> bool:
-    return any(
-        status.get("ready") is True
-        for status in items(pod, "status", statuses)
-        if text(status, "name") == container
-    )
+def _ready_loaders(pod: Object) -> list[Object]:
+    return [
+        status
+        for status in items(pod, "status", "initContainerStatuses")
+        if text(status, "name") == LOADER and status.get("ready") is True
+    ]
 
 
 def _is_loading(pod: Object) -> bool:

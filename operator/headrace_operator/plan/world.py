@@ -28,12 +28,22 @@ class Rejection:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedPath:
+    """How a loader's weights came: by GPUDirect Storage, or why not."""
+
+    direct: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """The children of one ModelDeployment and what else its plan depends on.
 
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
     are controlled by the ModelDeployment. `warnings` holds the latest warning event by the
-    UID of a stuck pod or Job. None means unknown, or not there.
+    UID of a stuck pod or Job, `loaded_paths` what the loaders tell, by the UID of their pod.
+    None means unknown, or not there.
     """
 
     claim: Object | None = None
@@ -48,6 +58,7 @@ class Observed:
     gpus_of_nodes: frozenset[int] | None = None
     dra_served: bool | None = None
     warnings: Mapping[str, Object] = field(default_factory=dict)
+    loaded_paths: Mapping[str, LoadedPath] = field(default_factory=dict)
     rejections: tuple[Rejection, ...] = ()
 
     def rejection(self, *kinds: str) -> Rejection | None:
@@ -64,6 +75,7 @@ class Needs:
     volume: str | None = None
     gpus_of_nodes: bool = False
     dra_served: bool = False
+    loaded_paths: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,111 @@
+"""Asking loaders for their path: a real loader, and addresses where none answers."""
+
+import http.server
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from headrace_operator.cluster.loaders import Loaders
+from headrace_operator.plan.serving import LoaderAddress
+from headrace_operator.plan.world import LoadedPath
+
+Serve = Callable[[bytes], tuple[int, list[str]]]
+
+
+def at(ip: str = "127.0.0.1", container: str = "containerd://1") -> LoaderAddress:
+    return LoaderAddress("uid", container, ip)
+
+
+@pytest.fixture(scope="module")
+def support() -> ModuleType:
+    path = Path(__file__).parents[1] / "loader/loader_process.py"
+    spec = importlib.util.spec_from_file_location("loader_process", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Answer every request with the given bytes; returns the port and the paths asked for."""
+    servers = []
+
+    def start(answer: bytes) -> tuple[int, list[str]]:
+        asked: list[str] = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        servers.append(server)
+        return server.server_port, asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+async def test_a_real_loader_tells_that_it_fell_back(support: Any, tmp_path: Path) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = support.LoaderProcess(tmp_path / "loader", tmp_path / "checkpoint", "--path", "Prefer")
+    try:
+        loader.until_phase("Ready")
+        (path,) = (await Loaders(loader.port).paths([at()])).values()
+    finally:
+        loader.close()
+    assert path == LoadedPath(False, "HostBackend", "host memory has no GPUDirect path")
+
+
+async def test_a_path_is_asked_for_once_per_container(serve: Serve) -> None:
+    told = {"directPath": {"active": True, "reason": "", "message": ""}}
+    port, asked = serve(json.dumps(told).encode())
+    loaders = Loaders(port)
+    for _ in range(3):
+        assert await loaders.paths([at()]) == {"uid": LoadedPath(True, "", "")}
+    assert asked == ["/v1/status"]
+    await loaders.paths([at(container="containerd://2")])
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"no JSON",
+        b"[]",
+        b"{}",
+        b'{"directPath": 1}',
+        b'{"directPath": {"active": null}}',
+        b'"' + b"x" * (2 << 20) + b'"',
+    ],
+)
+async def test_an_answer_that_does_not_tell_is_no_answer(serve: Serve, answer: bytes) -> None:
+    port, asked = serve(answer)
+    loaders = Loaders(port)
+    for _ in range(3):  # and is not asked for again at once
+        assert await loaders.paths([at()]) == {}
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1", "not an address"])
+async def test_nobody_there(ip: str) -> None:
+    assert await Loaders(9).paths([at(ip)]) == {}
