@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headrace_checkpoint.errors import ArchitectureUnsupported, ConfigInvalid
-from headrace_checkpoint.layouts.rules import Architecture, Size
+from headrace_checkpoint.layouts.rules import (
+    Architecture,
+    Condition,
+    Equals,
+    Flag,
+    Given,
+    Size,
+    SparseLayers,
+)
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names used in config.json and on the command line, to safetensors names."""
@@ -52,16 +60,57 @@ class ModelConfig:
         """Evaluate the table's sizes; raises ConfigInvalid naming the field."""
         sizes: dict[str, int] = {}
         for name, size in architecture.sizes.items():
-            value = self.values.get(size.field)
-            sizes[name] = _default(size, sizes) if value is None else _natural(size.field, value)
+            names = (size.field, size.alias) if size.alias else (size.field,)
+            given = [field for field in names if self.values.get(field) is not None]
+            values = {_natural(field, self.values[field]) for field in given}
+            if len(values) > 1:
+                raise ConfigInvalid(
+                    f"config.json: {' and '.join(given)}: two names of one size, with "
+                    f"different values: {', '.join(map(str, sorted(values)))}"
+                )
+            sizes[name] = values.pop() if values else _default(size, sizes)
         return sizes
 
-    def flag(self, field: str) -> bool:
-        """Return a boolean field; absent and null are false."""
-        value = self.values.get(field)
-        if value is not None and not isinstance(value, bool):
-            raise ConfigInvalid(f"config.json: {field}: {_shown(value)}: must be true or false")
-        return bool(value)
+    def holds(self, condition: Condition) -> bool:
+        """Evaluate a table's condition; raises ConfigInvalid where a flag is no boolean."""
+        value = self.values.get(condition.field)
+        match condition:
+            case Given():
+                return value is not None
+            case Equals():
+                return value == condition.value
+            case Flag():
+                if value is not None and not isinstance(value, bool):
+                    raise ConfigInvalid(
+                        f"config.json: {condition.field}: {_shown(value)}: must be true or false"
+                    )
+                return condition.default if value is None else value
+
+    def sparse_layers(self, rule: SparseLayers | None, layers: int) -> frozenset[int]:
+        """Numbers, below `layers`, of the layers that have experts."""
+        if rule is None:
+            return frozenset()
+        first = self.count(rule.first)
+        step = max(1, self.count(rule.step, 1))
+        dense = self.values.get(rule.dense) if rule.dense else None
+        if dense is not None and not isinstance(dense, list):
+            raise ConfigInvalid(f"config.json: {rule.dense}: {_shown(dense)}: must be a list")
+        return frozenset(
+            layer
+            for layer in range(first, layers)
+            if (layer + rule.offset) % step == 0 and layer not in (dense or ())
+        )
+
+    def count(self, field: str | None, default: int = 0) -> int:
+        """Return a field that counts from 0; absent and null are `default`."""
+        value = self.values.get(field) if field else None
+        if value is None:
+            return default
+        if type(value) is not int or not 0 <= value < _MAX_SIZE:
+            raise ConfigInvalid(
+                f"config.json: {field}: {_shown(value)}: must be a whole number from 0"
+            )
+        return value
 
     def dtype(self) -> str | None:
         """Return the safetensors name of the declared element type, None where undeclared."""

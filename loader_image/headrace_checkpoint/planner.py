@@ -7,6 +7,7 @@ written: sizes against the parallelism, every source tensor against the sizes.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 from headrace_checkpoint.config import DTYPES, ModelConfig
 from headrace_checkpoint.dtypes import ITEM_BYTES, tensor_bytes
@@ -171,46 +172,59 @@ class _Planner:
         self.ranks = tensor_parallel_size
         self.dtype = dtype
         self.sizes = config.sizes(architecture)
+        layers = self.sizes[architecture.layers]
+        self.sparse = config.sparse_layers(architecture.sparse_layers, layers)
         self.used: set[str] = set()
 
     def rules(self) -> Iterator[Tensor | Constant]:
         """Yield the rules that apply, with layer numbers filled in."""
         yield from self._applying(self.architecture.before_layers)
         for layer in range(self.sizes[self.architecture.layers]):
-            for rule in self._applying(self.architecture.per_layer):
-                yield _numbered(rule, layer)
+            for rule in self._applying(self.architecture.per_layer, layer in self.sparse):
+                yield _numbered(rule, "{layer}", layer)
         yield from self._applying(self.architecture.after_layers)
 
-    def _applying(self, rules: Sequence[Tensor | Constant]) -> Iterator[Tensor | Constant]:
+    def _applying(
+        self, rules: Sequence[Tensor | Constant], sparse: bool | None = None
+    ) -> Iterator[Tensor | Constant]:
+        """Yield the rules whose conditions hold, for a kind of layer where `sparse` is given."""
         for rule in rules:
             if isinstance(rule, Tensor):
-                if rule.when and not self.config.flag(rule.when):
+                if rule.when and not self.config.holds(rule.when):
                     continue
-                if rule.unless and self.config.flag(rule.unless):
+                if rule.unless and self.config.holds(rule.unless):
+                    continue
+                if None not in (sparse, rule.sparse) and sparse != rule.sparse:
                     continue
             yield rule
 
     def target(self, rule: Tensor | Constant) -> TargetTensor:
         if isinstance(rule, Constant):
             return TargetTensor(rule.name, "F32", (), ((Fill(1, rule.value),),) * self.ranks)
-        shapes = []
+        copies = self.sizes[rule.stack] if rule.stack else 1
         by_rank: list[list[Segment]] = [[] for _ in range(self.ranks)]
-        for piece in rule.pieces:
-            shape = self._source_shape(piece)
-            shapes.append(self._rank_shape(shape, piece.split))
-            for rank in range(self.ranks):
-                by_rank[rank] += self._segments(piece, shape, rank)
+        for index in range(copies):
+            pieces = _numbered(rule, "{index}", index).pieces if rule.stack else rule.pieces
+            shapes = []
+            for piece in pieces:
+                shape = self._source_shape(piece)
+                shapes.append(self._rank_shape(shape, piece.split))
+                for rank in range(self.ranks):
+                    by_rank[rank] += self._segments(piece, shape, rank)
         joined = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        return TargetTensor(rule.name, self.dtype, joined, tuple(map(tuple, by_rank)))
+        stacked = (copies, *joined) if rule.stack else joined
+        dtype = rule.dtype or self.dtype
+        return TargetTensor(rule.name, dtype, stacked, tuple(map(tuple, by_rank)))
 
     def leftovers(self) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
         """Account for every source tensor that no rule used."""
         equal, ignored = [], []
-        copies = {c.name: c.original for c in self.architecture.copies if self.config.flag(c.when)}
+        copies = {c.name: c.original for c in self.architecture.copies if self.config.holds(c.when)}
+        dropped = self._dropped_layers()
         for name in sorted(self.sources.keys() - self.used):
             if name in copies:
                 equal.append((name, copies[name]))
-            elif name.endswith(self.architecture.ignored):
+            elif name.endswith(self.architecture.ignored) or name.startswith(dropped):
                 ignored.append(name)
             else:
                 raise ArchitectureUnsupported(
@@ -219,9 +233,15 @@ class _Planner:
                 )
         return tuple(equal), tuple(ignored)
 
+    def _dropped_layers(self) -> tuple[str, ...]:
+        """Prefixes of the tensors in layers that the engine does not load."""
+        first = self.sizes[self.architecture.layers]
+        count = self.config.count(self.architecture.dropped_layers)
+        return tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+
     def _source_shape(self, piece: Piece) -> tuple[int, ...]:
         """Shape that config.json demands of a source tensor, checked against the file."""
-        shape = tuple(math.prod(self.sizes[name] for name in a.split("*")) for a in piece.shape)
+        shape = tuple(map(self._extent, piece.shape))
         found = self.sources.get(piece.source)
         if found is None:
             raise TensorMissing(
@@ -241,8 +261,14 @@ class _Planner:
         self.used.add(piece.source)
         return shape
 
+    def _extent(self, axis: str) -> int:
+        products = (product.split("*") for product in axis.split("+"))
+        return sum(math.prod(self.sizes[name] for name in names) for names in products)
+
     def _described(self, axis: str) -> str:
-        return " * ".join(self.architecture.sizes[name].field for name in axis.split("*"))
+        products = (product.split("*") for product in axis.split("+"))
+        fields = self.architecture.sizes
+        return " + ".join(" * ".join(fields[name].field for name in names) for names in products)
 
     def _rank_shape(self, shape: tuple[int, ...], split: Split | None) -> tuple[int, ...]:
         if split is None:
@@ -286,8 +312,10 @@ class _Planner:
 
     def _splits(self) -> list[Split]:
         architecture = self.architecture
-        rules = (*architecture.per_layer, *architecture.before_layers, *architecture.after_layers)
-        pieces = (piece for rule in self._applying(rules) for piece in getattr(rule, "pieces", ()))
+        kinds = {layer in self.sparse for layer in range(self.sizes[architecture.layers])}
+        rules = [rule for k in kinds for rule in self._applying(architecture.per_layer, k)]
+        rules += self._applying((*architecture.before_layers, *architecture.after_layers))
+        pieces = (piece for rule in rules for piece in getattr(rule, "pieces", ()))
         by_unit = {piece.split.unit: piece.split for piece in pieces if piece.split}
         return list(by_unit.values())
 
@@ -314,14 +342,19 @@ class _Planner:
         return first, first + 1
 
 
-def _numbered(rule: Tensor | Constant, layer: int) -> Tensor | Constant:
-    def number(text: str) -> str:
-        return text.replace("{layer}", str(layer))
-
+@overload
+def _numbered(rule: Tensor, placeholder: str, number: int) -> Tensor: ...
+@overload
+def _numbered(rule: Constant, placeholder: str, number: int) -> Constant: ...
+def _numbered(rule: Tensor | Constant, placeholder: str, number: int) -> Tensor | Constant:
+    name = rule.name.replace(placeholder, str(number))
     if isinstance(rule, Constant):
-        return replace(rule, name=number(rule.name))
-    pieces = tuple(replace(piece, source=number(piece.source)) for piece in rule.pieces)
-    return replace(rule, name=number(rule.name), pieces=pieces)
+        return replace(rule, name=name)
+    pieces = tuple(
+        replace(piece, source=piece.source.replace(placeholder, str(number)))
+        for piece in rule.pieces
+    )
+    return replace(rule, name=name, pieces=pieces)
 
 
 def _groups(targets: Sequence[TargetTensor], part_bytes: int) -> Iterator[list[TargetTensor]]:

@@ -116,7 +116,7 @@ BAD = {
     "unsupported architecture": (
         edit_config(architectures=["GPT2LMHeadModel"]),
         "ArchitectureUnsupported",
-        '["GPT2LMHeadModel"]: none is supported; supported are LlamaForCausalLM',
+        '["GPT2LMHeadModel"]: none is supported; supported are DeepseekV2ForCausalLM, ',
     ),
     "quantized": (
         edit_config(quantization_config={"quant_method": "fp8"}),

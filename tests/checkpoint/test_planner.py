@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headrace_checkpoint.config import ModelConfig
 from headrace_checkpoint.dtypes import ITEM_BYTES
 from headrace_checkpoint.errors import ConfigInvalid, ParallelismInvalid, SourceCorrupt
-from headrace_checkpoint.layouts.llama import LLAMA_FOR_CAUSAL_LM
+from headrace_checkpoint.layouts.dense import LLAMA
 from headrace_checkpoint.manifest import TENSOR_ALIGNMENT
 from headrace_checkpoint.planner import Fill, SourceTensor, plan, resolve_dtype
 
@@ -58,7 +58,7 @@ def sources_of(size, dtype="BF16"):
 
 def make_plan(size, tp, part_bytes=10_000, **fields):
     return plan(
-        LLAMA_FOR_CAUSAL_LM,
+        LLAMA,
         config_of(size, **fields),
         sources_of(size),
         tensor_parallel_size=tp,

@@ -13,53 +13,11 @@ from safetensors import safe_open
 
 from headrace_checkpoint.sharder import ShardRequest, shard
 
+from .architectures import CASES, COMMON, LLAMAS, OTHERS
 from .conftest import read_tensors, tiny_llama, write_tensors
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-SIZES = {
-    "plain": {},
-    "tied": {"tied": True},
-    "tied-stored-twice": {"tied": True, "layers": 1},
-    "one-kv-head": {"kv_heads": 1, "layers": 1},
-    "odd": {
-        "vocab_size": 70,
-        "intermediate_size": 516,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "layers": 3,
-    },
-    "float32": {"dtype": "float32", "layers": 1},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One checkpoint made by both sides."""
-
-    model: str
-    tp: int
-    dtype: str = "auto"
-
-    def __str__(self):
-        return f"{self.model}-tp{self.tp}-{self.dtype}"
-
-
-CASES = [
-    Case("plain", 1),
-    Case("plain", 2),
-    Case("plain", 4),
-    Case("plain", 1, "float16"),
-    Case("tied", 1),
-    Case("tied", 2),
-    Case("tied-stored-twice", 2),
-    Case("one-kv-head", 2),
-    Case("odd", 2),
-    Case("odd", 4),
-    Case("float32", 2),
-    Case("float32", 1, "float32"),
-    Case("float32", 1, "float16"),
-]
 READ_BY_VLLM = ["plain", "tied", "odd"]
 
 
@@ -73,12 +31,24 @@ class Both:
 
 
 def make_models(directory):
-    for name, size in SIZES.items():
+    for name, size in LLAMAS.items():
         tiny_llama.make_tiny_llama(directory / name, tiny_llama.Size(**size))
     path = directory / "tied-stored-twice" / "model.safetensors"
     tensors = read_tensors(path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     write_tensors(path, tensors)
+
+
+def shard_case(case, models, ours):
+    request = ShardRequest(
+        source=models / case.model,
+        output=ours / str(case),
+        tensor_parallel_size=case.tp,
+        identity={},
+        dtype=case.dtype,
+        part_bytes=1_000_000,
+    )
+    shard(request)
 
 
 def ask_vllm(request):
@@ -108,21 +78,18 @@ def both(tmp_path_factory):
     models, ours, theirs = (root / name for name in ("models", "ours", "theirs"))
     make_models(models)
     for case in CASES:
-        request = ShardRequest(
-            source=models / case.model,
-            output=ours / str(case),
-            tensor_parallel_size=case.tp,
-            identity={},
-            dtype=case.dtype,
-            part_bytes=1_000_000,
-        )
-        shard(request)
+        if case.model in LLAMAS:
+            shard_case(case, models, ours)
     for name in READ_BY_VLLM:
         shard(
             ShardRequest(
                 source=models / name, output=ours / name, tensor_parallel_size=1, identity={}
             )
         )
+    make = [
+        {"family": family, "fields": COMMON | fields, "out": str(models / name)}
+        for name, (family, fields) in OTHERS.items()
+    ]
     save = [
         {
             "model": str(models / case.model),
@@ -137,7 +104,10 @@ def both(tmp_path_factory):
         for name in READ_BY_VLLM
         for directory, load_format in ((models, "auto"), (ours, "sharded_state"))
     ]
-    answers = iter(ask_vllm({"save": save, "generate": generate}))
+    answers = iter(ask_vllm({"make": make, "save": save, "generate": generate}))
+    for case in CASES:
+        if case.model in OTHERS:
+            shard_case(case, models, ours)
     tokens = {name: (next(answers), next(answers)) for name in READ_BY_VLLM}
     return Both(ours, theirs, tokens)
 

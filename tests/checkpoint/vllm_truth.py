@@ -2,8 +2,10 @@
 
     python vllm_truth.py REQUEST_JSON
 
-The request has "save": [{"model", "out", "tp", "dtype"}, ...] and "generate":
-[{"model", "load_format"}, ...].
+The request has "make": [{"family", "fields", "out"}, ...], "save": [{"model", "out", "tp",
+"dtype"}, ...] and "generate": [{"model", "load_format"}, ...].
+
+`make` makes tiny models, see tiny_models.py.
 
 `save` builds each model through vLLM's own code (engine arguments, distributed state
 with one forked process per rank over gloo, model construction, weight loading, re-tying)
@@ -22,8 +24,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tiny_models
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -79,6 +82,13 @@ def save(job: dict) -> None:
             raise SystemExit(f"vLLM failed on {job}")
 
 
+def import_here(model: str) -> None:
+    """Import the model's classes here, where vLLM would start a process to look at each."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    for name in config["architectures"]:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
 def generate(job: dict) -> list[int]:
     engine = LLM(
         model=job["model"],
@@ -96,6 +106,10 @@ def generate(job: dict) -> list[int]:
 
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
+    for item in request["make"]:
+        tiny_models.make_model(item["family"], item["fields"], Path(item["out"]))
+    for model in {item["model"] for item in request["save"]}:
+        import_here(model)
     for item in request["save"]:
         save(item)
     answers = [generate(item) for item in request["generate"]]

@@ -1,10 +1,23 @@
 """Layout tables: where each engine tensor comes from and how ranks share it, as data."""
 
-from headrace_checkpoint.layouts import llama
+from headrace_checkpoint.layouts import dense, mixtures
 from headrace_checkpoint.layouts.rules import Architecture
 
 VLLM: dict[str, Architecture] = {
-    architecture.name: architecture for architecture in (llama.LLAMA_FOR_CAUSAL_LM,)
+    architecture.name: architecture
+    for architecture in (
+        dense.LLAMA,
+        dense.MISTRAL,
+        dense.QWEN2,
+        dense.QWEN3,
+        dense.GEMMA,
+        dense.GEMMA2,
+        dense.GEMMA3,
+        mixtures.MIXTRAL,
+        mixtures.QWEN3_MOE,
+        mixtures.DEEPSEEK_V2,
+        mixtures.DEEPSEEK_V3,
+    )
 }
 """Layout `vllm`: the state dict of vLLM after weight loading, before post-processing."""
 

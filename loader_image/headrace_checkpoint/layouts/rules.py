@@ -12,12 +12,39 @@ from dataclasses import dataclass
 class Size:
     """A dimension of the model: a field of config.json.
 
-    `default` names other sizes that stand in when the field is absent or null: the
-    first one, divided by the others.
+    `alias` is another name of the field. `default` names other sizes that stand in when
+    both are absent or null: the first one, divided by the others.
     """
 
     field: str
     default: tuple[str, ...] = ()
+    alias: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Holds where a boolean field of config.json is true; absent and null are `default`."""
+
+    field: str
+    default: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Holds where a field of config.json is neither absent nor null."""
+
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class Equals:
+    """Holds where a field of config.json has this value."""
+
+    field: str
+    value: str
+
+
+Condition = Flag | Given | Equals
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +66,8 @@ class Split:
 class Piece:
     """A source tensor's share in a fused tensor.
 
-    `shape` gives one entry per axis: names of sizes, multiplied where joined by `*`.
-    Without `split` every rank has the whole tensor.
+    `shape` gives one entry per axis: names of sizes, multiplied where joined by `*`, the
+    products added where joined by `+`. Without `split` every rank has the whole tensor.
     """
 
     source: str
@@ -52,14 +79,20 @@ class Piece:
 class Tensor:
     """A tensor of the engine: pieces joined along the first axis.
 
-    It exists where the boolean fields of config.json agree: `when` true, `unless` false
-    (absent is false).
+    With `stack`, the name of a size, it has that many such joints one after the other along
+    a new first axis, and `{index}` in a piece's source is the position. `dtype` is for
+    tensors whose element type is not the model's. It exists where `when` holds and
+    `unless` does not, and, with `sparse`, only in layers that have experts (true) or in
+    those that have none (false).
     """
 
     name: str
     pieces: tuple[Piece, ...]
-    when: str | None = None
-    unless: str | None = None
+    when: Condition | None = None
+    unless: Condition | None = None
+    sparse: bool | None = None
+    stack: str | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +112,21 @@ class Copy:
 
     name: str
     original: str
-    when: str
+    when: Condition
+
+
+@dataclass(frozen=True, slots=True)
+class SparseLayers:
+    """Which layers have experts, by the names of fields of config.json.
+
+    Layer i has them if i >= `first`, i + `offset` is a multiple of `step`, and i is not in
+    the list `dense`; an absent field takes nothing away.
+    """
+
+    first: str | None = None
+    step: str | None = None
+    offset: int = 0
+    dense: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +134,8 @@ class Architecture:
     """The table of one architecture, in the order the checkpoint is written.
 
     `ignored` are suffixes of source tensors that the engine recomputes.
-    `layers` names the size that counts layers.
+    `layers` names the size that counts layers. `dropped_layers` is the field of config.json
+    that counts layers after those which the engine does not load (multi-token prediction).
     """
 
     name: str
@@ -98,3 +146,5 @@ class Architecture:
     copies: tuple[Copy, ...] = ()
     ignored: tuple[str, ...] = ()
     layers: str = "layers"
+    sparse_layers: SparseLayers | None = None
+    dropped_layers: str | None = None

@@ -1,0 +1,159 @@
+"""Groups of rules that several architectures share, named after vLLM's modules.
+
+QKVParallelLinear and MergedColumnParallelLinear fuse and split output rows,
+RowParallelLinear splits input columns and keeps its bias whole, ReplicatedLinear and norms
+are whole on every rank, VocabParallelEmbedding pads the vocabulary to multiples of 64,
+FusedMoE stacks the experts and splits each as it would a single MLP.
+"""
+
+from dataclasses import replace
+
+from headrace_checkpoint.layouts.rules import (
+    Condition,
+    Constant,
+    Copy,
+    Flag,
+    Piece,
+    Size,
+    Split,
+    Tensor,
+)
+
+Rules = tuple[Tensor | Constant, ...]
+
+LAYER = "model.layers.{layer}"
+ATTENTION = f"{LAYER}.self_attn"
+MLP = f"{LAYER}.mlp"
+
+HEADS = Split(axis=0, unit="heads")
+KV_HEADS = Split(axis=0, unit="kv_heads", replicate=True)
+VOCABULARY = Split(axis=0, unit="vocabulary", pad=64)
+
+TIED = Flag("tie_word_embeddings")
+TIED_BY_DEFAULT = Flag("tie_word_embeddings", default=True)
+
+EMBEDDING = Tensor(
+    "model.embed_tokens.weight",
+    (Piece("model.embed_tokens.weight", ("vocabulary", "hidden"), VOCABULARY),),
+)
+
+RECOMPUTED = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "rotary_pos_emb.inv_freq",
+)
+"""Suffixes of tensors that old checkpoints hold and the engine computes."""
+
+SIZES = {
+    "hidden": Size("hidden_size"),
+    "inner": Size("intermediate_size"),
+    "layers": Size("num_hidden_layers"),
+    "heads": Size("num_attention_heads"),
+    "kv_heads": Size("num_key_value_heads", default=("heads",)),
+    "head_dim": Size("head_dim", default=("hidden", "heads")),
+    "vocabulary": Size("vocab_size"),
+}
+EXPLICIT_HEAD_DIM = {"head_dim": Size("head_dim")}
+"""For families whose default in transformers is not hidden size / heads."""
+
+
+def whole(name: str, *shape: str, source: str | None = None, sparse: bool | None = None) -> Tensor:
+    """A tensor that every rank has whole."""
+    return Tensor(name, (Piece(source or name, shape),), sparse=sparse)
+
+
+def norms(prefix: str, shape: str, *names: str) -> Rules:
+    """Norm weights of one size below `prefix`."""
+    return tuple(whole(f"{prefix}.{name}.weight", shape) for name in names)
+
+
+def embedding(tied: Condition) -> Rules:
+    """The embedding; tied, vLLM's state dict has it under the smaller of its two names."""
+    return (
+        replace(EMBEDDING, unless=tied),
+        replace(EMBEDDING, name="lm_head.weight", when=tied),
+    )
+
+
+def head(tied: Condition) -> Rules:
+    """The final norm and the head of its own where embeddings are not tied."""
+    piece = Piece("lm_head.weight", ("vocabulary", "hidden"), VOCABULARY)
+    return (
+        whole("model.norm.weight", "hidden"),
+        Tensor("lm_head.weight", (piece,), unless=tied),
+    )
+
+
+def stored_twice(tied: Condition) -> tuple[Copy, ...]:
+    """Tied embeddings that a writer stored under both names."""
+    return (Copy("lm_head.weight", "model.embed_tokens.weight", when=tied),)
+
+
+def qkv(kind: str, *columns: str, when: Condition | None = None) -> Tensor:
+    """Query, key and value rows below one another, of weights or biases."""
+    query, key = ("heads*head_dim", *columns), ("kv_heads*head_dim", *columns)
+    pieces = (
+        Piece(f"{ATTENTION}.q_proj.{kind}", query, HEADS),
+        Piece(f"{ATTENTION}.k_proj.{kind}", key, KV_HEADS),
+        Piece(f"{ATTENTION}.v_proj.{kind}", key, KV_HEADS),
+    )
+    return Tensor(f"{ATTENTION}.qkv_proj.{kind}", pieces, when=when)
+
+
+def rows_parallel(
+    name: str, split: str, rows: str, columns: str, source: str | None = None, **where: bool
+) -> Tensor:
+    """A weight whose input columns are split in units of `split`."""
+    piece = Piece(f"{source or name}.weight", (rows, columns), Split(axis=1, unit=split))
+    return Tensor(f"{name}.weight", (piece,), sparse=where.get("sparse"))
+
+
+def scales(attention: str) -> Rules:
+    """The scalars of vLLM's attention layers, 1 where the source holds none."""
+    names = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
+    return tuple(Constant(f"{attention}.{name}", 1.0) for name in names)
+
+
+def attention() -> Rules:
+    """Grouped-query attention without biases."""
+    return (
+        qkv("weight", "hidden"),
+        rows_parallel(f"{ATTENTION}.o_proj", "heads", "hidden", "heads*head_dim"),
+        *scales(f"{ATTENTION}.attn"),
+    )
+
+
+def mlp(
+    target: str = MLP, source: str = MLP, inner: str = "inner", split: str = "inner", **where: bool
+) -> Rules:
+    """Gate and up rows below one another, and the down projection, in units of `split`."""
+    rows = Split(axis=0, unit=split)
+    gate_up = (
+        Piece(f"{source}.gate_proj.weight", (inner, "hidden"), rows),
+        Piece(f"{source}.up_proj.weight", (inner, "hidden"), rows),
+    )
+    return (
+        Tensor(f"{target}.gate_up_proj.weight", gate_up, sparse=where.get("sparse")),
+        rows_parallel(
+            f"{target}.down_proj", split, "hidden", inner, f"{source}.down_proj", **where
+        ),
+    )
+
+
+def experts(
+    module: str, inner: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> Rules:
+    """All experts of a layer: gate and up stacked, down stacked, in units of `inner`."""
+    rows, columns = Split(axis=0, unit=inner), Split(axis=1, unit=inner)
+    one = f"{module}.{{index}}"
+    gate_up = (
+        Piece(f"{one}.{gate}.weight", (inner, "hidden"), rows),
+        Piece(f"{one}.{up}.weight", (inner, "hidden"), rows),
+    )
+    down_piece = (Piece(f"{one}.{down}.weight", ("hidden", inner), columns),)
+    routed = f"{module}.routed_experts"
+    return (
+        Tensor(f"{routed}.w13_weight", gate_up, sparse=True, stack="experts"),
+        Tensor(f"{routed}.w2_weight", down_piece, sparse=True, stack="experts"),
+    )

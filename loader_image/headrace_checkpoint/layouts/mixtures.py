@@ -1,0 +1,145 @@
+"""Decoders with experts: Mixtral, Qwen3-MoE, DeepSeek-V2 and -V3, as vLLM lays them out."""
+
+from dataclasses import replace
+
+from headrace_checkpoint.layouts.blocks import (
+    ATTENTION,
+    EXPLICIT_HEAD_DIM,
+    HEADS,
+    LAYER,
+    MLP,
+    SIZES,
+    Rules,
+    attention,
+    experts,
+    mlp,
+    norms,
+    rows_parallel,
+    scales,
+    whole,
+)
+from headrace_checkpoint.layouts.dense import LLAMA
+from headrace_checkpoint.layouts.rules import (
+    Architecture,
+    Equals,
+    Given,
+    Piece,
+    Size,
+    SparseLayers,
+    Tensor,
+)
+
+_NORMS = norms(LAYER, "hidden", "input_layernorm", "post_attention_layernorm")
+_MIXTRAL_MOE = f"{LAYER}.block_sparse_moe"
+
+MIXTRAL = replace(
+    LLAMA,
+    name="MixtralForCausalLM",
+    sizes=SIZES | {"experts": Size("num_local_experts")},
+    per_layer=(
+        *attention(),
+        whole(f"{_MIXTRAL_MOE}.gate.weight", "experts", "hidden"),
+        *experts(f"{_MIXTRAL_MOE}.experts", "inner", gate="w1", up="w3", down="w2"),
+        *_NORMS,
+    ),
+    sparse_layers=SparseLayers(),
+)
+
+_ROUTER = whole(
+    f"{MLP}.experts.gate.weight", "experts", "hidden", source=f"{MLP}.gate.weight", sparse=True
+)
+"""The experts module holds the router, and vLLM's state dict has it under that name."""
+
+QWEN3_MOE = replace(
+    LLAMA,
+    name="Qwen3MoeForCausalLM",
+    sizes=SIZES
+    | EXPLICIT_HEAD_DIM
+    | {
+        "experts": Size("num_experts", alias="num_local_experts"),
+        "expert_inner": Size("moe_intermediate_size"),
+    },
+    per_layer=(
+        *attention(),
+        *norms(ATTENTION, "head_dim", "q_norm", "k_norm"),
+        *mlp(sparse=False),
+        _ROUTER,
+        *experts(f"{MLP}.experts", "expert_inner"),
+        *_NORMS,
+    ),
+    sparse_layers=SparseLayers(step="decoder_sparse_step", offset=1, dense="mlp_only_layers"),
+)
+
+_LOW_RANK_QUERY = Given("q_lora_rank")
+_LATENT = f"{ATTENTION}.mla_attn"
+_QUERY_ROWS = "heads*nope+heads*rope"
+_LATENT_ROWS = Piece(f"{ATTENTION}.kv_a_proj_with_mqa.weight", ("kv_rank+rope", "hidden"))
+
+
+def _latent_attention() -> Rules:
+    """Multi-head latent attention, with a low-rank query where q_lora_rank is given."""
+    query = Piece(f"{ATTENTION}.q_proj.weight", (_QUERY_ROWS, "hidden"), HEADS)
+    query_a = Piece(f"{ATTENTION}.q_a_proj.weight", ("q_rank", "hidden"))
+    query_norm = Piece(f"{ATTENTION}.q_a_layernorm.weight", ("q_rank",))
+    query_b = Piece(f"{ATTENTION}.q_b_proj.weight", (_QUERY_ROWS, "q_rank"), HEADS)
+    key_value_b = Piece(
+        f"{ATTENTION}.kv_b_proj.weight", ("heads*nope+heads*value", "kv_rank"), HEADS
+    )
+    return (
+        Tensor(
+            f"{ATTENTION}.fused_qkv_a_proj.weight", (query_a, _LATENT_ROWS), when=_LOW_RANK_QUERY
+        ),
+        Tensor(f"{_LATENT}.q_a_layernorm.weight", (query_norm,), when=_LOW_RANK_QUERY),
+        Tensor(f"{_LATENT}.q_b_proj.weight", (query_b,), when=_LOW_RANK_QUERY),
+        Tensor(f"{_LATENT}.q_proj.weight", (query,), unless=_LOW_RANK_QUERY),
+        Tensor(f"{ATTENTION}.kv_a_proj_with_mqa.weight", (_LATENT_ROWS,), unless=_LOW_RANK_QUERY),
+        whole(f"{ATTENTION}.kv_a_layernorm.weight", "kv_rank"),
+        Tensor(f"{ATTENTION}.kv_b_proj.weight", (key_value_b,)),
+        rows_parallel(f"{_LATENT}.o_proj", "heads", "hidden", "heads*value", f"{ATTENTION}.o_proj"),
+        *scales(f"{_LATENT}.mla_attn"),
+    )
+
+
+DEEPSEEK_V3 = Architecture(
+    name="DeepseekV3ForCausalLM",
+    sizes={
+        **{name: SIZES[name] for name in ("hidden", "inner", "layers", "heads", "vocabulary")},
+        "q_rank": Size("q_lora_rank", default=("hidden",)),
+        "kv_rank": Size("kv_lora_rank"),
+        "nope": Size("qk_nope_head_dim"),
+        "rope": Size("qk_rope_head_dim"),
+        "value": Size("v_head_dim"),
+        "experts": Size("n_routed_experts"),
+        "expert_inner": Size("moe_intermediate_size"),
+        "shared": Size("n_shared_experts"),
+    },
+    before_layers=LLAMA.before_layers,
+    per_layer=(
+        *_latent_attention(),
+        *mlp(sparse=False),
+        _ROUTER,
+        Tensor(
+            f"{MLP}.experts.gate.e_score_correction_bias",
+            (Piece(f"{MLP}.gate.e_score_correction_bias", ("experts",)),),
+            when=Equals("topk_method", "noaux_tc"),
+            sparse=True,
+            dtype="F32",
+        ),
+        *experts(f"{MLP}.experts", "expert_inner"),
+        *mlp(
+            f"{MLP}.experts._shared_experts._layer",
+            f"{MLP}.shared_experts",
+            inner="shared*expert_inner",
+            split="expert_inner",
+            sparse=True,
+        ),
+        *_NORMS,
+    ),
+    after_layers=LLAMA.after_layers,
+    copies=LLAMA.copies,
+    ignored=LLAMA.ignored,
+    sparse_layers=SparseLayers(first="first_k_dense_replace", step="moe_layer_freq"),
+    dropped_layers="num_nextn_predict_layers",
+)
+
+DEEPSEEK_V2 = replace(DEEPSEEK_V3, name="DeepseekV2ForCausalLM")
