@@ -235,9 +235,12 @@ class _Planner:
 
     def _dropped_layers(self) -> tuple[str, ...]:
         """Prefixes of the tensors in layers that the engine does not load."""
+        rule = self.architecture.dropped_layers
+        if rule is None:
+            return ()
         first = self.sizes[self.architecture.layers]
-        count = self.config.count(self.architecture.dropped_layers)
-        return tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+        layers = range(first, first + self.config.count(rule.count))
+        return tuple(rule.prefix.replace("{layer}", str(layer)) for layer in layers)
 
     def _source_shape(self, piece: Piece) -> tuple[int, ...]:
         """Shape that config.json demands of a source tensor, checked against the file."""

@@ -37,6 +37,8 @@ EMBEDDING = Tensor(
     (Piece("model.embed_tokens.weight", ("vocabulary", "hidden"), VOCABULARY),),
 )
 
+HEAD = Tensor("lm_head.weight", (Piece("lm_head.weight", ("vocabulary", "hidden"), VOCABULARY),))
+
 RECOMPUTED = (
     "rotary_emb.inv_freq",
     "rotary_emb.cos_cached",
@@ -78,11 +80,7 @@ def embedding(tied: Condition) -> Rules:
 
 def head(tied: Condition) -> Rules:
     """The final norm and the head of its own where embeddings are not tied."""
-    piece = Piece("lm_head.weight", ("vocabulary", "hidden"), VOCABULARY)
-    return (
-        whole("model.norm.weight", "hidden"),
-        Tensor("lm_head.weight", (piece,), unless=tied),
-    )
+    return (whole("model.norm.weight", "hidden"), replace(HEAD, unless=tied))
 
 
 def stored_twice(tied: Condition) -> tuple[Copy, ...]:

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 from headrace_checkpoint.layouts.blocks import (
     ATTENTION,
+    EMBEDDING,
     EXPLICIT_HEAD_DIM,
+    HEAD,
     HEADS,
     LAYER,
     MLP,
+    RECOMPUTED,
     SIZES,
     Rules,
     attention,
@@ -21,6 +24,7 @@ from headrace_checkpoint.layouts.blocks import (
 from headrace_checkpoint.layouts.dense import LLAMA
 from headrace_checkpoint.layouts.rules import (
     Architecture,
+    DroppedLayers,
     Equals,
     Given,
     Piece,
@@ -113,7 +117,7 @@ DEEPSEEK_V3 = Architecture(
         "expert_inner": Size("moe_intermediate_size"),
         "shared": Size("n_shared_experts"),
     },
-    before_layers=LLAMA.before_layers,
+    before_layers=(EMBEDDING,),
     per_layer=(
         *_latent_attention(),
         *mlp(sparse=False),
@@ -135,11 +139,10 @@ DEEPSEEK_V3 = Architecture(
         ),
         *_NORMS,
     ),
-    after_layers=LLAMA.after_layers,
-    copies=LLAMA.copies,
-    ignored=LLAMA.ignored,
+    after_layers=(whole("model.norm.weight", "hidden"), HEAD),
+    ignored=RECOMPUTED,
     sparse_layers=SparseLayers(first="first_k_dense_replace", step="moe_layer_freq"),
-    dropped_layers="num_nextn_predict_layers",
+    dropped_layers=DroppedLayers(f"{LAYER}.", count="num_nextn_predict_layers"),
 )
 
 DEEPSEEK_V2 = replace(DEEPSEEK_V3, name="DeepseekV2ForCausalLM")

@@ -130,12 +130,23 @@ class SparseLayers:
 
 
 @dataclass(frozen=True, slots=True)
+class DroppedLayers:
+    """Layers after the last that the engine leaves out, such as multi-token prediction.
+
+    Their tensors' names start with `prefix`; `count` is the field of config.json with
+    their number, absent for none.
+    """
+
+    prefix: str
+    count: str
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """The table of one architecture, in the order the checkpoint is written.
 
     `ignored` are suffixes of source tensors that the engine recomputes.
-    `layers` names the size that counts layers. `dropped_layers` is the field of config.json
-    that counts layers after those which the engine does not load (multi-token prediction).
+    `layers` names the size that counts layers.
     """
 
     name: str
@@ -147,4 +158,4 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     layers: str = "layers"
     sparse_layers: SparseLayers | None = None
-    dropped_layers: str | None = None
+    dropped_layers: DroppedLayers | None = None
