@@ -4,6 +4,7 @@ Those define the tensors and their names; every element is random, so that no tw
 are the same. For vllm_truth.py alone: transformers and torch take long to import.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -21,8 +22,17 @@ def make_model(family: str, fields: dict, directory: Path) -> None:
         for tensor in model.state_dict().values():
             tensor.normal_()
     model.save_pretrained(directory)
+    if family.startswith("Gemma"):
+        _leave_to_default(directory / "config.json", "tie_word_embeddings")
     if family == "DeepseekV3":
         _complete_deepseek(directory / "model.safetensors", config)
+
+
+def _leave_to_default(path: Path, field: str) -> None:
+    """Remove a field that the family's publisher leaves out."""
+    config = json.loads(path.read_text())
+    del config[field]
+    path.write_text(json.dumps(config))
 
 
 def _complete_deepseek(path: Path, config: transformers.PretrainedConfig) -> None:
