@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from headrace_engine import attach
 from headrace_engine.errors import Unsupported, WeightsMismatch
 from headrace_engine.mapping import HostMapping
-from headrace_engine.weights import ALIGNMENT, Weights, attach_weights
+from headrace_engine.weights import ALIGNMENT, Weights
 from headrace_handover import MappableRegion, Region
 
 SPECS = (
@@ -42,7 +43,7 @@ def loader(start_loader: Callable[..., Any], checkpoint: Path) -> Any:
 
 @contextlib.contextmanager
 def attached(loader: Any) -> Iterator[Weights]:
-    weights = attach_weights(loader.socket, rank=0)
+    weights = attach(loader.socket, device="cpu")
     try:
         yield weights
     finally:
@@ -91,8 +92,8 @@ def mapping_at(address: int) -> str:
 )
 def test_a_write_faults(loader: Any, action: str, code: int) -> None:
     script = (
-        "import sys; from headrace_engine.weights import attach_weights\n"
-        "tensor = attach_weights(sys.argv[1], rank=0).tensors['vector']\n"
+        "import sys; from headrace_engine import attach\n"
+        "tensor = attach(sys.argv[1], device='cpu')['vector']\n"
         f"{action}\n"
     )
     command = [sys.executable, "-c", script, str(loader.socket)]
@@ -103,7 +104,7 @@ def test_tensors_outlive_the_loader_and_the_attachment(
     start_loader: Callable[..., Any], checkpoint: Path
 ) -> None:
     loader = start_loader(checkpoint)
-    weights = attach_weights(loader.socket, rank=0)
+    weights = attach(loader.socket, device="cpu")
     matrix = weights.tensors["matrix"]
     before = raw(matrix)
     loader.kill()
@@ -117,7 +118,7 @@ def test_the_socket_comes_from_the_environment(
     loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HEADRACE_SOCKET", str(loader.socket))
-    weights = attach_weights(rank=0)
+    weights = attach(device="cpu")
     weights.attachment.close()
     assert weights.checkpoint == loader.status()["checkpoint"]["manifestDigest"]
     assert weights.nbytes == loader.status()["totalBytes"]
@@ -133,4 +134,4 @@ def test_memory_that_is_too_short_is_refused() -> None:
 
 def test_a_device_that_cannot_be_mapped_is_refused() -> None:
     with pytest.raises(Unsupported, match="device GPU-1"):
-        attach_weights(rank=0, device="GPU-1")
+        attach(device="GPU-1")

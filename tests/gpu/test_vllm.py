@@ -1,0 +1,67 @@
+"""A stock vLLM over weights in GPU memory: the same tokens, no copy, the same KV cache."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM"),
+]
+
+MIB = 1 << 20
+PAGE = 2 * MIB  # of GPU memory
+UTILIZATION = 0.3
+
+
+def test_vllm_serves_from_the_loaders_memory(
+    make_model: Callable[..., Path],
+    make_checkpoint: Callable[..., Path],
+    start_loader: Callable[..., Any],
+    start_engine: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """One story, since starting an engine takes most of a minute."""
+    model = make_model(
+        layers=4, hidden_size=2048, intermediate_size=5632, heads=16, kv_heads=4, vocab_size=32000
+    )
+    plain = start_engine("serve.py", model, "auto", UTILIZATION)
+    blocks = plain.ready()["blocks"]
+    tokens = plain.ask()
+    assert len(set(tokens)) > 4  # a degenerate answer would prove little
+    plain.kill()
+
+    checkpoint = make_checkpoint(model)
+    loader = start_loader(checkpoint, "--backend=cuda", f"--plugin-dir={tmp_path}/plugin")
+    loader.until_phase("Ready")
+    for part in checkpoint.glob("*.safetensors"):
+        part.unlink()  # the engine has nothing to read weights from
+    total = loader.status()["totalBytes"]
+    environment = {
+        "HEADRACE_SOCKET": str(loader.socket),
+        "PYTHONPATH": os.pathsep.join([f"{tmp_path}/plugin", os.environ.get("PYTHONPATH", "")]),
+    }
+
+    engine = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
+    # What the loader holds is rounded up to pages; a block is smaller than that.
+    assert abs(engine.ready()["blocks"] - blocks) <= 0.01 * blocks
+    assert engine.ask() == tokens
+    said = engine.output()
+    assert f"headrace: zero-copy: bytes={total} of {total}" in said
+    assert "headrace: private copies" not in said
+    assert "headrace: post-processing added 0 bytes" in said
+    (peak,) = re.findall(r"headrace: torch allocated at most (\d+) bytes", said)
+    assert int(peak) < total // 20
+
+    engine.kill()
+    again = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
+    again.ready()
+    assert again.ask() == tokens
+    loader.kill()
+    assert again.ask() == tokens
