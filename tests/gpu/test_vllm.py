@@ -43,7 +43,7 @@ def test_vllm_serves_from_the_loaders_memory(
     plain.kill()
 
     checkpoint = make_checkpoint(model)
-    loader = start_loader(checkpoint, "--backend=cuda", f"--plugin-dir={tmp_path}/plugin")
+    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
     loader.until_phase("Ready")
     for part in checkpoint.glob("*.safetensors"):
         part.unlink()  # the engine has nothing to read weights from
