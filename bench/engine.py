@@ -53,8 +53,12 @@ def log(text: str) -> None:
 
 
 def used_mib() -> int:
-    """GPU memory in use, as another process sees it."""
-    return int(nvidia_smi("memory.used").split()[0])
+    """GPU memory in use, as another process sees it, once processes that end have ended."""
+    before, now = -1, int(nvidia_smi("memory.used").split()[0])
+    while now != before:
+        time.sleep(1)
+        before, now = now, int(nvidia_smi("memory.used").split()[0])
+    return now
 
 
 def nvidia_smi(fields: str) -> str:
@@ -174,7 +178,7 @@ def run(bench: Bench, work: Path, layers: int) -> dict[str, Any]:
         third = bench.engine(checkpoint, "headrace", **environment)
         steps["after_kill"] = findings(third, began)
         loader.kill()
-        steps["tokens_with_loader_dead"] = third.ask()
+        steps["loader_dead"] = {"tokens": third.ask()}
         held = used_mib()
         loader.start()
         status = loader.until_phase("Orphaned")
@@ -188,7 +192,6 @@ def run(bench: Bench, work: Path, layers: int) -> dict[str, Any]:
         third.kill()
         loader.until_phase("Ready")
         steps["hbm_used_mib_reloaded"] = used_mib()
-    time.sleep(1)
     steps["hbm_used_mib_all_dead"] = used_mib()
     return steps
 
@@ -215,18 +218,18 @@ def main() -> None:
         bench.end()
         if arguments.work is None:
             shutil.rmtree(work)
-    tokens = [
-        steps[name]["tokens"] for name in ("plain", "first", "second_beside_it", "after_kill")
-    ]
-    tokens += [steps["tokens_with_loader_dead"], steps["orphaned"]["tokens"]]
+    engines = ("plain", "first", "second_beside_it", "after_kill", "loader_dead", "orphaned")
+    tokens = [steps[name].pop("tokens") for name in engines]
     result = {
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "commit": commit,
-        "device": nvidia_smi("name,driver_version"),
+        "command": f"python bench/engine.py --layers {arguments.layers}",
+        "hardware": f"one {nvidia_smi('name,memory.total,driver_version')}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "vllm": importlib.metadata.version("vllm"),
         "torch": importlib.metadata.version("torch"),
         "gpu_memory_utilization": arguments.utilization,
+        "tokens": json.dumps(tokens[0]),
         "same_tokens_everywhere": all(one == tokens[0] for one in tokens),
         "kv_blocks_ratio_vs_plain": steps["first"]["blocks"] / steps["plain"]["blocks"],
         "steps": steps,

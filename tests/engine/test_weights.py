@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from headrace_engine.mapping import HostMapping
 from headrace_engine.weights import ALIGNMENT, Weights
 from headrace_handover import MappableRegion, Region
 
+ENGINES = Path(__file__).parents[2] / "docs/engines.md"
 SPECS = (
     ("matrix", "BF16", (128, 64)),
     ("vector", "F32", (64,)),
@@ -124,6 +126,27 @@ def test_the_socket_comes_from_the_environment(
     assert weights.nbytes == loader.status()["totalBytes"]
 
 
+def test_the_example_of_the_documentation_runs(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    match = re.search(r"```python\n(.*?)```", ENGINES.read_text(), re.DOTALL)
+    assert match is not None
+    specs = (("up.weight", "F32", (256, 64)), ("down.weight", "F32", (64, 256)))
+    support.make_checkpoint(tmp_path / "checkpoint", parts=(specs,))
+    loader = start_loader(tmp_path / "checkpoint")
+    environment = {"HEADRACE_SOCKET": str(loader.socket), "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run(
+        [sys.executable, "-c", match[1]],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert "2 tensors, 131072 bytes, mapped in" in out
+    assert "tensor(" in out.splitlines()[-1]
+
+
 def test_memory_that_is_too_short_is_refused() -> None:
     descriptor = os.memfd_create("short")
     os.ftruncate(descriptor, 4096)
@@ -132,6 +155,20 @@ def test_memory_that_is_too_short_is_refused() -> None:
     os.close(descriptor)
 
 
-def test_a_device_that_cannot_be_mapped_is_refused() -> None:
-    with pytest.raises(Unsupported, match="device GPU-1"):
-        attach(device="GPU-1")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("GPU-1", r"device GPU-1: this process sees .*; give loader and engine the same GPUs"),
+        ("meta", "device meta: weights can be resident in host or CUDA memory"),
+    ],
+)
+def test_a_device_that_cannot_be_mapped_is_refused(device: str, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        attach(device=device)
+
+
+def test_weights_are_a_mapping_of_tensors(loader: Any) -> None:
+    with attached(loader) as weights:
+        assert set(weights) == {name for name, _, _ in SPECS}
+        assert len(weights) == len(SPECS)
+        assert weights["matrix"] is weights.tensors["matrix"]
