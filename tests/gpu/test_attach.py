@@ -4,6 +4,7 @@ torch alone is the engine here.
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from headrace_handover import MappableRegion, Region
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
+ENGINES = Path(__file__).parents[2] / "docs/engines.md"
 MIB = 1 << 20
 SIZE = 512 * MIB
 SPECS = (
@@ -121,6 +123,25 @@ def test_a_descriptor_that_is_no_gpu_memory_is_refused() -> None:
     with pytest.raises(MappingFailed, match=r"part 3: its 2097152 bytes .* cuMem"):
         CudaMapping(item, 0)
     os.close(descriptor)
+
+
+def test_the_example_of_the_documentation_runs(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    match = re.search(r"```python\n(.*?)```", ENGINES.read_text(), re.DOTALL)
+    assert match is not None
+    specs = (("up.weight", "F32", (256, 64)), ("down.weight", "F32", (64, 256)))
+    support.make_checkpoint(tmp_path / "made", parts=(specs,), algorithm="multilinear64")
+    loader = start_loader(tmp_path / "made", "--backend", "cuda")
+    out = subprocess.run(
+        [sys.executable, "-c", match[1]],
+        env=os.environ | {"HEADRACE_SOCKET": str(loader.socket)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert "device='cuda:0'" in out.splitlines()[-1]
 
 
 WRITE = """

@@ -74,3 +74,19 @@ def test_vllm_serves_from_the_loaders_memory(
     assert again.ask() == tokens
     loader.kill()
     assert again.ask() == tokens
+
+
+def test_a_method_that_writes_to_weights_fails_and_says_so(
+    make_model: Callable[..., Path],
+    make_checkpoint: Callable[..., Path],
+    start_loader: Callable[..., Any],
+    start_engine: Callable[..., Any],
+) -> None:
+    checkpoint = make_checkpoint(make_model())
+    loader = start_loader(checkpoint, "--backend", "cuda")
+    environment = {"HEADRACE_SOCKET": str(loader.socket), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    engine = start_engine("writing.py", checkpoint, "headrace", 0.1, **environment)
+    assert engine.process.wait(200) != 0
+    assert (
+        "a quantization or kernel that changes weights in place cannot be used" in engine.output()
+    )
