@@ -20,6 +20,12 @@ LAYERS = 4
 UTILIZATION = 0.3
 
 
+def plugin(loader: Any, tmp_path: Path) -> dict[str, str]:
+    """The environment of an engine that has the plugin from the loader."""
+    path = [f"{tmp_path}/plugin", os.environ.get("PYTHONPATH", "")]
+    return {"HEADRACE_SOCKET": str(loader.socket), "PYTHONPATH": os.pathsep.join(path)}
+
+
 def test_vllm_serves_from_the_loaders_memory(
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
@@ -48,10 +54,7 @@ def test_vllm_serves_from_the_loaders_memory(
     for part in checkpoint.glob("*.safetensors"):
         part.unlink()  # the engine has nothing to read weights from
     total = loader.status()["totalBytes"]
-    environment = {
-        "HEADRACE_SOCKET": str(loader.socket),
-        "PYTHONPATH": os.pathsep.join([f"{tmp_path}/plugin", os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = plugin(loader, tmp_path)
 
     engine = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
     # What the loader holds is rounded up to pages; a block is smaller than that.
@@ -81,10 +84,12 @@ def test_a_method_that_writes_to_weights_fails_and_says_so(
     make_checkpoint: Callable[..., Path],
     start_loader: Callable[..., Any],
     start_engine: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     checkpoint = make_checkpoint(make_model())
-    loader = start_loader(checkpoint, "--backend", "cuda")
-    environment = {"HEADRACE_SOCKET": str(loader.socket), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
+    loader.until_phase("Ready")
+    environment = plugin(loader, tmp_path) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     engine = start_engine("writing.py", checkpoint, "headrace", 0.1, **environment)
     assert engine.process.wait(200) != 0
     assert (
