@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from headrace_checkpoint.config import DTYPES
 from headrace_checkpoint.errors import (
@@ -33,7 +33,7 @@ _MAX_TENSOR_PARALLEL = 1024
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0, 64, 65, 70 or 75)."""
-    options = _parser().parse_args(arguments)
+    options = parser()[0].parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
 
@@ -117,7 +117,11 @@ def _identity(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"
+
+
+def parser() -> tuple[ArgumentParser, Commands]:
+    """Return the parser, and what further commands can be added to."""
     parser = ArgumentParser(prog="headrace", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sharding = commands.add_parser("shard", help="make a pre-sharded checkpoint of a model")
@@ -141,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     verifying = commands.add_parser("verify", help="check every byte of a checkpoint")
     verifying.set_defaults(command=_verify)
     verifying.add_argument("directory", type=Path)
-    return parser
+    return parser, commands
 
 
 def _natural(text: str) -> int:
