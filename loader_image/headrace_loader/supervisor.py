@@ -39,7 +39,7 @@ from headrace_loader.worker_process import (
     WorkerOptions,
     WorkerProcess,
 )
-from headrace_loader.worker_protocol import Failed, Filled, PathChosen, Progressed
+from headrace_loader.worker_protocol import Failed, Filled, Mismatched, PathChosen, Progressed
 
 HANDOVER_DIRECTORY = "handover"
 
@@ -75,6 +75,7 @@ class _Load:
 
     workers: list[WorkerProcess]
     missing: set[int]
+    began: float = field(default_factory=time.time)
     oom_kills: int = field(default_factory=system.oom_kills)
 
 
@@ -130,6 +131,22 @@ class Supervisor:
         self._news.put(Stop())
 
     def _live(self, lease: Lease) -> None:
+        # Workers that may start open their devices while the manifest is read.
+        early = self._start_workers() if lease.acquire() else None
+        try:
+            checkpoint = self._read_checkpoint()
+            if early is None and not self._acquire(lease):
+                return
+            load = early = early or self._start_workers()
+            loaded = self._load(load, checkpoint, lease)
+        finally:
+            for worker in early.workers if early else ():
+                worker.stop()
+            self._drain()
+        while loaded and not isinstance(self._news.get(), Stop):
+            pass  # what workers still say after a load is of no interest
+
+    def _read_checkpoint(self) -> Checkpoint:
         checkpoint = load_manifest(self._options.checkpoint)
         check_ranks(checkpoint, self._options.tensor_parallel_size)
         with self._state.changing():
@@ -138,9 +155,7 @@ class Supervisor:
             self._state.mark("manifestRead")
         total = self._state.total_bytes
         log("manifest-read", totalBytes=total, ranks=len(self._state.ranks))
-        if self._acquire(lease) and self._load(checkpoint, lease):
-            while not isinstance(self._news.get(), Stop):
-                pass  # what workers still say after a load is of no interest
+        return checkpoint
 
     def _acquire(self, lease: Lease) -> bool:
         """Wait until nobody holds weights of an earlier loader; False when told to stop."""
@@ -163,7 +178,7 @@ class Supervisor:
         log("lease-ended")
         return True
 
-    def _load(self, checkpoint: Checkpoint, lease: Lease) -> bool:
+    def _load(self, load: _Load, checkpoint: Checkpoint, lease: Lease) -> bool:
         """Load all ranks; False when told to stop meanwhile."""
         if self._options.backend == "host":
             system.check_memory(self._state.total_bytes)
@@ -171,33 +186,28 @@ class Supervisor:
             self._state.loads += 1
             self._state.enter(Phase.LOADING, "reading weights")
             self._state.mark("loadBegan")
-        load = self._start_workers()
-        try:
-            while load.missing:
-                news = self._news.get()
-                if isinstance(news, Stop):
-                    return False
-                self._take(news, load, checkpoint, lease)
-            with self._state.changing():
-                self._state.enter(Phase.READY, "weights are resident and verified")
-                self._state.mark("resident")
-        finally:
-            for worker in load.workers:
-                worker.stop()
-            self._drain()
+            for rank in self._state.ranks:
+                rank.worker_started = load.began
+        for worker in load.workers:
+            worker.load(checkpoint.sources(worker.rank))
+        while load.missing:
+            news = self._news.get()
+            if isinstance(news, Stop):
+                return False
+            self._take(news, load, checkpoint, lease)
+        with self._state.changing():
+            self._state.enter(Phase.READY, "weights are resident and verified")
+            self._state.mark("resident")
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
         return True
 
     def _start_workers(self) -> _Load:
         options = self._options
-        told = WorkerOptions(
-            options.checkpoint, options.backend, options.policy, options.read_threads
-        )
-        load = _Load([], {rank.rank for rank in self._state.ranks})
-        for rank in self._state.ranks:
-            with self._state.changing():
-                rank.worker_started = time.time()
-            load.workers.append(WorkerProcess(rank.rank, told, self._news.put))
+        told = WorkerOptions(options.backend, options.policy, options.read_threads)
+        ranks = range(options.tensor_parallel_size)
+        load = _Load([], set(ranks))
+        for rank in ranks:
+            load.workers.append(WorkerProcess(rank, told, self._news.put))
         return load
 
     def _drain(self) -> None:
@@ -221,6 +231,8 @@ class Supervisor:
         message = news.message
         if isinstance(message, Failed):
             raise PUBLISHED.get(message.reason, InternalError)(message.message)
+        if isinstance(message, Mismatched):
+            raise checkpoint.mismatch(rank.rank, message.part, message.chunk, message.found)
         if isinstance(message, Filled):
             self._hold(rank, message, news.descriptors, checkpoint, lease)
             load.missing.discard(rank.rank)
