@@ -77,7 +77,11 @@ class DirectLane:
 
 def staged_lanes(threads: int) -> list[StagedLane]:
     """Return lanes for `threads` threads, fewer where they would pin more than 1 GiB."""
+    pinned = PinnedBuffer(pinned_bytes(threads))
+    return [StagedLane(pinned, offset) for offset in range(0, pinned.size, _BUFFERS * PIECE_BYTES)]
+
+
+def pinned_bytes(threads: int) -> int:
+    """Bytes of host memory that `staged_lanes` pins."""
     per_lane = _BUFFERS * PIECE_BYTES
-    count = min(threads, _MAX_PINNED_BYTES // per_lane)
-    pinned = PinnedBuffer(count * per_lane)
-    return [StagedLane(pinned, number * per_lane) for number in range(count)]
+    return min(threads, _MAX_PINNED_BYTES // per_lane) * per_lane
