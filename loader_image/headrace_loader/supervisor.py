@@ -71,11 +71,12 @@ News = WorkerNews | Stop
 
 @dataclass(slots=True)
 class _Load:
-    """The workers of a load that is going on, and the ranks still missing."""
+    """The workers of a load that is going on, the ranks still missing, the tensors per part."""
 
     workers: list[WorkerProcess]
     missing: set[int]
     began: float = field(default_factory=time.time)
+    tensors: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
     oom_kills: int = field(default_factory=system.oom_kills)
 
 
@@ -190,6 +191,8 @@ class Supervisor:
                 rank.worker_started = load.began
         for worker in load.workers:
             worker.load(checkpoint.sources(worker.rank))
+        # Now, while weights are read: there may be tens of thousands.
+        load.tensors = {rank: _tensors(checkpoint, rank) for rank in load.missing}
         while load.missing:
             news = self._news.get()
             if isinstance(news, Stop):
@@ -234,7 +237,8 @@ class Supervisor:
         if isinstance(message, Mismatched):
             raise checkpoint.mismatch(rank.rank, message.part, message.chunk, message.found)
         if isinstance(message, Filled):
-            self._hold(rank, message, news.descriptors, checkpoint, lease)
+            ready = _ready(rank.rank, checkpoint, message, load.tensors[rank.rank])
+            self._hold(rank, ready, message.verified_at, news.descriptors, lease)
             load.missing.discard(rank.rank)
             return
         with self._state.changing():
@@ -248,17 +252,16 @@ class Supervisor:
     def _hold(
         self,
         rank: RankState,
-        filled: Filled,
+        ready: Ready,
+        verified_at: float,
         descriptors: tuple[int, ...],
-        checkpoint: Checkpoint,
         lease: Lease,
     ) -> None:
         self._held += descriptors
         for descriptor in descriptors:
             protect(self._options.backend, descriptor)
-        ready = _ready(rank.rank, checkpoint, filled)
         with self._state.changing():
-            rank.verified_at = filled.verified_at
+            rank.verified_at = verified_at
             rank.offer = Offer(ready, (*descriptors, lease.descriptor))
 
     def _log_path(self, rank: RankState, report: PathReport) -> None:
@@ -301,19 +304,23 @@ def _rank_states(checkpoint: Checkpoint) -> list[RankState]:
     ]
 
 
-def _ready(rank: int, checkpoint: Checkpoint, filled: Filled) -> Ready:
+def _tensors(checkpoint: Checkpoint, rank: int) -> list[tuple[Tensor, ...]]:
+    return [
+        tuple(
+            Tensor(item.name, item.dtype, item.shape, item.offset, item.nbytes)
+            for item in part.tensors
+        )
+        for part in checkpoint.manifest.rank_parts(rank)
+    ]
+
+
+def _ready(
+    rank: int, checkpoint: Checkpoint, filled: Filled, tensors: list[tuple[Tensor, ...]]
+) -> Ready:
     parts = checkpoint.manifest.rank_parts(rank)
     regions = tuple(
-        Region(
-            part=part.part,
-            nbytes=nbytes,
-            data_bytes=part.data_bytes,
-            tensors=tuple(
-                Tensor(item.name, item.dtype, item.shape, item.offset, item.nbytes)
-                for item in part.tensors
-            ),
-        )
-        for part, nbytes in zip(parts, filled.region_bytes, strict=True)
+        Region(part.part, nbytes, part.data_bytes, of_part)
+        for part, nbytes, of_part in zip(parts, filled.region_bytes, tensors, strict=True)
     )
     return Ready(rank, checkpoint.digest, regions)
 
