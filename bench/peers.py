@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-THREADS = int(os.environ.get("BENCH_THREADS", "12"))
+THREADS = int(os.environ.get("BENCH_THREADS", "10"))
 
 
 def safetensors(device: str) -> Callable[[Sequence[str]], Any]:
