@@ -41,7 +41,7 @@ from headrace_handover import attach
 from peers import PEERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 GIB = 1 << 30
 PIECE = 4 << 20
@@ -353,18 +353,25 @@ def measure(plan: Plan, gib: float, kind: str) -> Point:
 
 
 def cold_rounds(plan: Plan, directory: Path, point: Point) -> None:
+    """Measure in changing order: disks that allow bursts favour who comes first."""
+    readers: dict[str, Callable[[], float]] = {
+        "cold_direct_read": lambda: read_rate(directory, plan.threads, direct=True)
+    }
+    if shutil.which("fio"):
+        readers["cold_fio"] = lambda: fio_rate(directory, plan.threads)
+    names = ["headrace", *readers]
     for number in range(plan.repeats):
         say(f"{point.gib:g} GiB, cold: round {number + 1} of {plan.repeats}")
-        drop_cache(directory)
-        load_once(point, "cold_", directory, plan.target, plan.threads)
-        drop_cache(directory)
-        try:
-            point.add("cold_direct_read", read_rate(directory, plan.threads, direct=True))
-        except OSError as error:
-            say(f"no direct reads here: {error}")
-        if shutil.which("fio"):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             drop_cache(directory)
-            point.add("cold_fio", fio_rate(directory, plan.threads))
+            if name == "headrace":
+                load_once(point, "cold_", directory, plan.target, plan.threads)
+                continue
+            try:
+                point.add(name, readers[name]())
+            except OSError as error:
+                say(f"no direct reads here: {error}")
 
 
 def hardware(target: Any) -> str:

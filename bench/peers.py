@@ -70,10 +70,10 @@ def instanttensor(device: str) -> Callable[[Sequence[str]], Any]:
 
 
 def kvikio(device: str) -> Callable[[Sequence[str]], Any]:
-    os.environ["KVIKIO_COMPAT_MODE"] = "ON"
-    os.environ["KVIKIO_NTHREADS"] = str(THREADS)
     import cupy
-    from kvikio import CuFile
+    from kvikio import CompatMode, CuFile, defaults
+
+    defaults.set({"compat_mode": CompatMode.ON, "num_threads": THREADS})
 
     def load(paths: Sequence[str]) -> Any:
         buffers, reads = [], []
