@@ -32,6 +32,7 @@ from headrace_loader.errors import (
     InternalError,
     OutOfMemory,
 )
+from headrace_loader.topology import run_near
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -69,6 +70,7 @@ class CudaBackend:
         _see_only(options.local_rank)
         try:
             self._device = Device()
+            run_near(self._device.pci_bus_id)
         except CudaError as error:
             raise BackendUnavailable(
                 f"--backend cuda: GPU {options.local_rank} cannot be used: {error}; check that "

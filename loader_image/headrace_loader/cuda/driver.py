@@ -30,6 +30,7 @@ _RECOMMENDED = 1  # CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
 _RDMA_WITH_VMM = 110  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _BLOCKING_WAIT_NO_TIMING = 1 | 2  # CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING
+_PCI_BUS_ID_BYTES = 32
 POSIX_FD = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 u64 = ctypes.c_ulonglong
@@ -97,6 +98,7 @@ _properties = POINTER(_AllocationProperties)
 _init = bind("cuInit", c_uint)
 _device_get = bind("cuDeviceGet", POINTER(c_int), c_int)
 _device_uuid = bind("cuDeviceGetUuid_v2", c_char * 16, c_int)
+_device_pci_bus_id = bind("cuDeviceGetPCIBusId", c_char_p, c_int, c_int)
 _device_attribute = bind("cuDeviceGetAttribute", POINTER(c_int), c_int, c_int)
 _context_retain = bind("cuDevicePrimaryCtxRetain", POINTER(c_void_p), c_int)
 _context_use = bind("cuCtxSetCurrent", c_void_p, queues=True)
@@ -175,6 +177,13 @@ class Device:
         _device_uuid(octets, self.ordinal)
         h = octets.raw.hex()
         return f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+
+    @property
+    def pci_bus_id(self) -> str:
+        """domain:bus:device.function in hexadecimal."""
+        name = ctypes.create_string_buffer(_PCI_BUS_ID_BYTES)
+        _device_pci_bus_id(name, len(name), self.ordinal)
+        return name.value.decode()
 
     def use(self) -> None:
         """Make the context current in the calling thread."""
