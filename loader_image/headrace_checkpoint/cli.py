@@ -46,6 +46,7 @@ def _shard(options: argparse.Namespace) -> int:
         identity=options.identity if options.identity is not None else _identity(options),
         dtype=options.dtype,
         layout=options.layout,
+        revision=options.revision,
         part_bytes=options.part_bytes,
     )
     started = time.monotonic()
@@ -107,7 +108,10 @@ def _interruptible() -> Iterator[None]:
 def _identity(options: argparse.Namespace) -> dict[str, object]:
     """The identity of a checkpoint made by hand."""
     return {
-        "source": str(options.source.resolve()),
+        "source": options.source
+        if "://" in options.source
+        else str(Path(options.source).resolve()),
+        "revision": options.revision,
         "dtype": options.dtype,
         "tensor": options.tensor_parallel_size,
         "pipeline": 1,
@@ -126,7 +130,14 @@ def parser() -> tuple[ArgumentParser, Commands]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sharding = commands.add_parser("shard", help="make a pre-sharded checkpoint of a model")
     sharding.set_defaults(command=_shard)
-    sharding.add_argument("--source", type=Path, required=True, help="directory of the model")
+    sharding.add_argument(
+        "--source",
+        required=True,
+        help="the model: a directory, s3://BUCKET/PREFIX or hf://OWNER/NAME",
+    )
+    sharding.add_argument(
+        "--revision", default="main", help="branch, tag or commit of an hf:// source (main)"
+    )
     sharding.add_argument(
         "--output", type=_output, required=True, help="directory to publish the checkpoint at"
     )
