@@ -15,6 +15,10 @@ test: ## set everything up and run the whole suite; ARGS go to pytest
 lint: ## formatting, lint, types, dependency directions, generated files, chart
 	@$(WORKSPACE) lint
 
+.PHONY: bench-loader
+bench-loader: ## measure the loader against the hardware's limits and its peers; see --help
+	@$(WORKSPACE) bench-loader $(ARGS)
+
 .PHONY: venv images crds lock
 venv: ## make .venv from the lock file
 	@$(WORKSPACE) venv

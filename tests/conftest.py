@@ -10,8 +10,11 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 MARKERS = ("cluster", "engine", "node")  # from quick to slow
-# Their tests share a cluster or an engine; elsewhere the tests of one file stay together.
-SHARING = {"tests/engine", "tests/images", "tests/kube", "tests/node", "tests/operator/cluster"}
+# Their tests share a cluster, an engine or a GPU; elsewhere the tests of one file stay together.
+SHARING = {
+    *("tests/engine", "tests/gpu", "tests/images", "tests/kube", "tests/node"),
+    "tests/operator/cluster",
+}
 
 
 class Scheduling(LoadScopeScheduling):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from headrace_checkpoint.config import DTYPES
 from headrace_checkpoint.errors import (
@@ -33,7 +33,7 @@ _MAX_TENSOR_PARALLEL = 1024
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0, 64, 65, 70 or 75)."""
-    options = _parser().parse_args(arguments)
+    options = parser()[0].parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
 
@@ -46,6 +46,7 @@ def _shard(options: argparse.Namespace) -> int:
         identity=options.identity if options.identity is not None else _identity(options),
         dtype=options.dtype,
         layout=options.layout,
+        revision=options.revision,
         part_bytes=options.part_bytes,
     )
     started = time.monotonic()
@@ -107,7 +108,10 @@ def _interruptible() -> Iterator[None]:
 def _identity(options: argparse.Namespace) -> dict[str, object]:
     """The identity of a checkpoint made by hand."""
     return {
-        "source": str(options.source.resolve()),
+        "source": options.source
+        if "://" in options.source
+        else str(Path(options.source).resolve()),
+        "revision": options.revision,
         "dtype": options.dtype,
         "tensor": options.tensor_parallel_size,
         "pipeline": 1,
@@ -117,12 +121,23 @@ def _identity(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"
+
+
+def parser() -> tuple[ArgumentParser, Commands]:
+    """Return the parser, and what further commands can be added to."""
     parser = ArgumentParser(prog="headrace", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sharding = commands.add_parser("shard", help="make a pre-sharded checkpoint of a model")
     sharding.set_defaults(command=_shard)
-    sharding.add_argument("--source", type=Path, required=True, help="directory of the model")
+    sharding.add_argument(
+        "--source",
+        required=True,
+        help="the model: a directory, s3://BUCKET/PREFIX or hf://OWNER/NAME",
+    )
+    sharding.add_argument(
+        "--revision", default="main", help="branch, tag or commit of an hf:// source (main)"
+    )
     sharding.add_argument(
         "--output", type=_output, required=True, help="directory to publish the checkpoint at"
     )
@@ -141,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     verifying = commands.add_parser("verify", help="check every byte of a checkpoint")
     verifying.set_defaults(command=_verify)
     verifying.add_argument("directory", type=Path)
-    return parser
+    return parser, commands
 
 
 def _natural(text: str) -> int:

@@ -36,6 +36,10 @@ class SourceNotFound(InputError):
     """The source directory, or a file it promises, does not exist."""
 
 
+class SourceForbidden(InputError):
+    """The source exists, as far as one can see, and may not be read."""
+
+
 class ConfigInvalid(InputError):
     """config.json is absent, unreadable or contradicts itself."""
 

@@ -314,10 +314,8 @@ def _part(node: _Node, chunk_bytes: int, digest_digits: int) -> Part:
         file_bytes=node.field("bytes").integer(),
         data_offset=node.field("dataOffset").integer(minimum=DATA_ALIGNMENT),
         data_bytes=node.field("dataBytes").integer(minimum=1),
-        chunk_digests=tuple(
-            item.digest(digest_digits) for item in node.field("chunkDigests").items()
-        ),
-        tensors=tuple(_tensor(item) for item in node.field("tensors").items()),
+        chunk_digests=_digests(node.field("chunkDigests"), digest_digits),
+        tensors=_tensors(node.field("tensors")),
     )
     if part.data_offset % DATA_ALIGNMENT:
         raise node.field("dataOffset").fail(f"must be a multiple of {DATA_ALIGNMENT}")
@@ -334,10 +332,46 @@ def _part(node: _Node, chunk_bytes: int, digest_digits: int) -> Part:
 
 def _check_back_to_back(part: Part, node: _Node) -> None:
     end = 0
-    for tensor, item in zip(part.tensors, node.field("tensors").items(), strict=True):
-        item.field("offset").equals(end)
+    for number, tensor in enumerate(part.tensors):
+        if tensor.offset != end:
+            node.field("tensors").items()[number].field("offset").equals(end)
         end += tensor.nbytes
     node.field("dataBytes").equals(end)
+
+
+def _digests(node: _Node, digits: int) -> tuple[str, ...]:
+    """Check all at once, and one by one only to name the wrong one: there are many."""
+    if isinstance(node.value, list):
+        whole = re.compile(f"[0-9a-f]{{{digits}}}").fullmatch
+        if all(type(item) is str and whole(item) for item in node.value):
+            return tuple(node.value)
+    return tuple(item.digest(digits) for item in node.items())
+
+
+def _tensors(node: _Node) -> tuple[TensorEntry, ...]:
+    """Check each without a node per field, and with them only to name what is wrong."""
+    values = node.value if isinstance(node.value, list) else []
+    entries = [_valid_tensor(value) for value in values]
+    if values and None not in entries:
+        return tuple(entry for entry in entries if entry)
+    return tuple(_tensor(item) for item in node.items())
+
+
+def _valid_tensor(value: object) -> TensorEntry | None:
+    if not isinstance(value, dict):
+        return None
+    name, dtype, shape = value.get("name"), value.get("dtype"), value.get("shape")
+    offset, nbytes = value.get("offset"), value.get("bytes")
+    if not (type(name) is type(dtype) is str and type(shape) is list and name):
+        return None
+    if type(offset) is not int or type(nbytes) is not int or offset < 0:
+        return None
+    for number in shape:
+        if type(number) is not int or number < 0:
+            return None
+    if dtype not in ITEM_BYTES or nbytes != tensor_bytes(dtype, shape):
+        return None
+    return TensorEntry(name, dtype, tuple(shape), offset, nbytes)
 
 
 def _tensor(node: _Node) -> TensorEntry:

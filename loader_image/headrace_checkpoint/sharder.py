@@ -25,6 +25,7 @@ from headrace_checkpoint.manifest import (
     Parallelism,
     Part,
 )
+from headrace_checkpoint.places import find_place
 from headrace_checkpoint.planner import (
     DEFAULT_PART_BYTES,
     Fill,
@@ -37,7 +38,7 @@ from headrace_checkpoint.planner import (
 )
 from headrace_checkpoint.publish import Workspace, collect_leftovers, find_published
 from headrace_checkpoint.report import log
-from headrace_checkpoint.source import Source, read_small_file
+from headrace_checkpoint.source import Source
 from headrace_checkpoint.storage import check_free_space, write_file
 from headrace_checkpoint.writer import PartWriter
 
@@ -51,16 +52,18 @@ _PROGRESS_SECONDS = 10.0
 class ShardRequest:
     """What to make; `identity` is stored in the manifest and tells checkpoints apart.
 
-    `dtype` is auto, bfloat16, float16 or float32.
+    `source` is a directory, s3://BUCKET/PREFIX or hf://OWNER/NAME, of which `revision` is a branch,
+    tag or commit. `dtype` is auto, bfloat16, float16 or float32.
     """
 
-    source: Path
+    source: Path | str
     output: Path
     tensor_parallel_size: int
     identity: Mapping[str, object]
     dtype: str = "auto"
     layout: str = "vllm"
     part_bytes: int = DEFAULT_PART_BYTES
+    revision: str = "main"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def shard(request: ShardRequest) -> ShardResult:
     manifest = find_published(request.output, request.identity)
     if manifest is not None:
         return ShardResult("AlreadyPublished", manifest)
-    with Source(request.source) as source:
+    with Source(find_place(str(request.source), request.revision)) as source:
         checkpoint_plan = _plan(request, source)
         with Workspace(request.output) as workspace:
             check_free_space(workspace.path, checkpoint_plan.total_bytes)
@@ -143,7 +146,7 @@ def _check_equal(source: Source, copy: str, original: str) -> None:
 
 
 def _write(request: ShardRequest, source: Source, checkpoint_plan: Plan, path: Path) -> Manifest:
-    files = tuple(_copy(file, path) for file in source.files_to_copy())
+    files = tuple(_copy(source, name, path) for name in source.files_to_copy())
     parts: list[Part] = []
     progress = _Progress(checkpoint_plan.total_bytes)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
@@ -164,10 +167,10 @@ def _write(request: ShardRequest, source: Source, checkpoint_plan: Plan, path: P
     return manifest
 
 
-def _copy(file: Path, directory: Path) -> CopiedFile:
-    content = read_small_file(file)
-    write_file(directory / file.name, content)
-    return CopiedFile(file.name, len(content), hashlib.sha256(content).hexdigest())
+def _copy(source: Source, name: str, directory: Path) -> CopiedFile:
+    content = source.read_small_file(name)
+    write_file(directory / name, content)
+    return CopiedFile(name, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _write_part(

@@ -1,8 +1,7 @@
-"""The source model: a directory with config.json and safetensors files."""
+"""The source model: config.json and safetensors files of one place."""
 
 import json
 from fnmatch import fnmatchcase
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -16,9 +15,9 @@ from headrace_checkpoint.errors import (
     SourceNotFound,
     TensorMissing,
 )
+from headrace_checkpoint.places import OpenFile, Place
 from headrace_checkpoint.planner import Slice, SourceTensor
 from headrace_checkpoint.safetensors_format import read_header
-from headrace_checkpoint.storage import SourceFile, reading
 
 INDEX = "model.safetensors.index.json"
 _COPIED = (
@@ -40,17 +39,16 @@ class Source:
     `tensors` is the union of all files' headers, by name.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with reading(directory):
-            self._names = sorted(path.name for path in directory.iterdir())
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._names = place.names()
         if "config.json" not in self._names:
             raise ConfigInvalid(
-                f"{directory}/config.json: missing; the source must be a model directory"
+                f"{place}/config.json: missing; the source must be a model directory"
             )
-        self.config = ModelConfig.from_json(read_small_file(directory / "config.json"))
+        self.config = ModelConfig.from_json(self.read_small_file("config.json"))
         self.tensors: dict[str, SourceTensor] = {}
-        self._files: dict[str, SourceFile] = {}
+        self._files: dict[str, OpenFile] = {}
         self._block: tuple[tuple[str, int, int], Array] | None = None
 
     def __enter__(self) -> Self:
@@ -100,18 +98,26 @@ class Source:
         for file in self._files.values():
             file.check_unchanged()
 
-    def files_to_copy(self) -> list[Path]:
-        """Configuration and tokenizer files, which engines want beside the weights."""
-        found = [n for n in self._names if any(fnmatchcase(n, pattern) for pattern in _COPIED)]
-        return [path for path in map(self.directory.joinpath, found) if not path.is_dir()]
+    def files_to_copy(self) -> list[str]:
+        """Names of configuration and tokenizer files, which engines want beside the weights."""
+        return [n for n in self._names if any(fnmatchcase(n, pattern) for pattern in _COPIED)]
+
+    def read_small_file(self, name: str) -> bytes:
+        """Read a whole configuration file; raises SourceNotFound, SourceCorrupt, StorageError."""
+        with self._place.open(name) as file:
+            if file.size > _MAX_SMALL_FILE:
+                raise SourceCorrupt(
+                    f"{self._place}/{name}: {file.size} bytes: at most {_MAX_SMALL_FILE} expected"
+                )
+            return file.read_at(0, file.size)
 
     def _index(self) -> dict[str, str]:
         """Tensor names to file names; empty where the model has no index."""
-        path = self.directory / INDEX
+        path = f"{self._place}/{INDEX}"
         if INDEX not in self._names:
             return {}
         try:
-            document = json.loads(read_small_file(path).decode("utf-8"))
+            document = json.loads(self.read_small_file(INDEX).decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise SourceCorrupt(f"{path}: no JSON document: {error}") from None
         index = document.get("weight_map") if isinstance(document, dict) else None
@@ -129,31 +135,24 @@ class Source:
         names = [name for name in self._names if fnmatchcase(name, "*.safetensors")]
         if not names:
             raise SourceNotFound(
-                f"{self.directory}: no *.safetensors files; convert the model to safetensors"
+                f"{self._place}: no *.safetensors files; convert the model to safetensors"
             )
         return names
 
     def _open(self, name: str) -> None:
-        file = self._files[name] = SourceFile(self.directory / name)
+        path = f"{self._place}/{name}"
+        file = self._files[name] = self._place.open(name)
         try:
             header = read_header(file.read_at, file.size)
         except SourceCorrupt as error:
-            raise SourceCorrupt(f"{file.path}: {error}") from None
+            raise SourceCorrupt(f"{path}: {error}") from None
         for entry in header.tensors:
             other = self.tensors.get(entry.name)
             if other is not None:
                 raise SourceCorrupt(
-                    f"{file.path}: tensor {entry.name!r}: also in {other.file}; remove one of them"
+                    f"{path}: tensor {entry.name!r}: also in {other.file}; remove one of them"
                 )
             offset = header.data_offset + entry.offset
             self.tensors[entry.name] = SourceTensor(
                 entry.name, entry.dtype, entry.shape, name, offset
             )
-
-
-def read_small_file(path: Path) -> bytes:
-    """Read a whole configuration file; raises SourceNotFound, SourceCorrupt, StorageError."""
-    with SourceFile(path) as file:
-        if file.size > _MAX_SMALL_FILE:
-            raise SourceCorrupt(f"{path}: {file.size} bytes: at most {_MAX_SMALL_FILE} expected")
-        return file.read_at(0, file.size)

@@ -54,7 +54,12 @@ def log_copies(logger: logging.Logger, copies: Iterable[PrivateCopy], total: int
     logger.info("headrace: zero-copy: bytes=%d of %d", total - nbytes.total(), total)
 
 
-def anonymous_bytes() -> int:
-    """Resident private memory of this process; 0 where the kernel does not say."""
+def private_bytes(device: torch.device) -> int:
+    """Return what torch has allocated on a GPU, or on a CPU the process's resident private memory.
+
+    0 where the kernel does not say.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
     match = _RSS_ANON.search(Path("/proc/self/status").read_text())
     return int(match[1]) * 1024 if match else 0

@@ -7,6 +7,10 @@ class EngineSideError(Exception):
     """Base of all errors this package raises on purpose."""
 
 
+class MappingFailed(EngineSideError):
+    """The loader's memory cannot be mapped into this process."""
+
+
 class SettingsInvalid(EngineSideError):
     """The engine's arguments or environment ask for something that does not exist."""
 

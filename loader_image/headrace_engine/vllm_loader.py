@@ -20,10 +20,10 @@ from vllm.model_executor.model_loader.utils import (
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from headrace_engine.assign import assign, refuse_meta_tensors
-from headrace_engine.copies import anonymous_bytes, log_copies, replaced_by_processing
+from headrace_engine.copies import log_copies, private_bytes, replaced_by_processing
 from headrace_engine.errors import SettingsInvalid, Unsupported, WeightsMismatch
 from headrace_engine.meta import WeightsOnMeta
-from headrace_engine.weights import DEFAULT_TIMEOUT, Weights, attach_weights
+from headrace_engine.weights import DEFAULT_TIMEOUT, Weights, attach
 from headrace_handover import Loading
 
 if TYPE_CHECKING:
@@ -102,18 +102,18 @@ class HeadraceModelLoader(BaseModelLoader):
             private = {copy.name for copy in weights.copies}
             copies = [*weights.copies, *assign(model, weights.tensors, private)]
             refuse_meta_tensors(model)
-            before = anonymous_bytes()
-            # A method that writes in place ends in SIGSEGV; this shows which one.
-            if not faulthandler.is_enabled():
-                faulthandler.enable()
-            process_weights_after_loading(model, model_config, device)
+            before = private_bytes(device)
+            _process(model, model_config, device)
             refuse_meta_tensors(model)
-        grown = anonymous_bytes() - before
+        grown = private_bytes(device) - before
         copied = {copy.name for copy in copies}
         views = {name: tensor for name, tensor in weights.tensors.items() if name not in copied}
         copies += replaced_by_processing(model, views)
         log_copies(_LOG, copies, weights.nbytes)
         _LOG.info("headrace: post-processing added %d bytes of private memory", max(0, grown))
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            _LOG.info("headrace: torch allocated at most %d bytes until now", peak)
         return model.eval()
 
     def _device(self, vllm_config: "VllmConfig") -> torch.device:
@@ -121,16 +121,16 @@ class HeadraceModelLoader(BaseModelLoader):
 
     def _weights(self, vllm_config: "VllmConfig") -> Weights:
         rank = get_tensor_model_parallel_rank()
-        device = _device_name(self._device(vllm_config))
-        key = (self._settings.socket or "", rank, device)
+        device = self._device(vllm_config)
+        key = (self._settings.socket or "", rank, str(device))
         if key not in _attached:
             _attached[key] = self._attach(rank, device)
         return _attached[key]
 
-    def _attach(self, rank: int, device: str) -> Weights:
+    def _attach(self, rank: int, device: torch.device) -> Weights:
         began = time.monotonic()
-        weights = attach_weights(
-            Path(self._settings.socket) if self._settings.socket else None,
+        weights = attach(
+            self._settings.socket,
             rank=rank,
             device=device,
             timeout=self._settings.timeout,
@@ -167,13 +167,21 @@ class _ProgressLog:
             )
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "host"
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-    raise Unsupported(f"device {device}: weights can be resident in host or CUDA memory")
+def _process(model: nn.Module, model_config: "ModelConfig", device: torch.device) -> None:
+    """Let vLLM post-process the weights; say so when it writes to them."""
+    # On the CPU a write in place ends in SIGSEGV; this shows where.
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    try:
+        process_weights_after_loading(model, model_config, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except torch.AcceleratorError as error:
+        raise Unsupported(
+            "--load-format headrace: the GPU failed while vLLM post-processed the weights, which "
+            "are read-only: a quantization or kernel that changes weights in place cannot be used "
+            f"(CUDA_LAUNCH_BLOCKING=1 shows which): {error}"
+        ) from error
 
 
 def _check_features(vllm_config: "VllmConfig", model_config: "ModelConfig") -> None:

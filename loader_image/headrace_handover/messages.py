@@ -230,13 +230,22 @@ def _line(content: dict[str, object]) -> bytes:
 
 
 class _Node:
-    """A JSON value together with its path, for messages that name the field."""
+    """A JSON value that knows where it stands, for messages that name the field."""
 
-    __slots__ = ("path", "value")
+    __slots__ = ("_key", "_parent", "value")
 
-    def __init__(self, value: object, path: str) -> None:
+    def __init__(self, value: object, key: str | int = "", parent: "_Node | None" = None) -> None:
         self.value = value
-        self.path = path
+        self._key = key
+        self._parent = parent
+
+    @property
+    def path(self) -> str:
+        """Made only when asked for: a reply has thousands of values, and none is wrong."""
+        above = self._parent.path if self._parent else ""
+        if isinstance(self._key, int):
+            return f"{above}[{self._key}]"
+        return f"{above}.{self._key}" if above else self._key
 
     @classmethod
     def parse(cls, line: bytes) -> "_Node":
@@ -244,7 +253,7 @@ class _Node:
             value = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise ProtocolViolation(f"not a line of JSON: {error!s:.200}") from None
-        return cls(value, "")
+        return cls(value)
 
     def violation(self, rule: str) -> ProtocolViolation:
         return ProtocolViolation(f"{self.path or 'message'}: {self.value!r:.80}: {rule}")
@@ -258,16 +267,15 @@ class _Node:
         return name in self._mapping()
 
     def field(self, name: str) -> "_Node":
-        path = f"{self.path}.{name}" if self.path else name
         value = self._mapping()
         if name not in value:
-            raise ProtocolViolation(f"{path}: missing")
-        return _Node(value[name], path)
+            raise ProtocolViolation(f"{_Node(None, name, self).path}: missing")
+        return _Node(value[name], name, self)
 
     def items(self, maximum: int = _MAX_INTEGER) -> list["_Node"]:
         if not isinstance(self.value, list) or len(self.value) > maximum:
             raise self.violation("must be a list of bounded length")
-        return [_Node(item, f"{self.path}[{index}]") for index, item in enumerate(self.value)]
+        return [_Node(item, index, self) for index, item in enumerate(self.value)]
 
     def integer(self, minimum: int = 0, maximum: int = _MAX_INTEGER) -> int:
         if type(self.value) is not int or not minimum <= self.value <= maximum:
@@ -277,6 +285,6 @@ class _Node:
     def text(self, minimum: int = 1, maximum: int = _MAX_TEXT) -> str:
         if not isinstance(self.value, str) or not minimum <= len(self.value) <= maximum:
             raise self.violation(f"must be a string of {minimum} to {maximum} characters")
-        if any("\ud800" <= character <= "\udfff" for character in self.value):
+        if not self.value.isascii() and any("\ud800" <= one <= "\udfff" for one in self.value):
             raise self.violation("must be Unicode without lone surrogates")
         return self.value

@@ -8,12 +8,16 @@ from headrace_checkpoint import errors as checkpoint_errors
 from headrace_checkpoint import manifest as manifests
 from headrace_checkpoint.manifest import Manifest
 from headrace_handover.messages import MAX_REGIONS
+from headrace_loader.backends import PartSource
 from headrace_loader.errors import (
     CheckpointMissing,
+    DigestMismatch,
     ManifestInvalid,
     ParallelismMismatch,
     StorageError,
 )
+
+_NAMED_TENSORS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,33 @@ class Checkpoint:
     directory: Path
     manifest: Manifest
     digest: str
+
+    def sources(self, rank: int) -> list[PartSource]:
+        """Return where to read the parts of a rank."""
+        return [
+            PartSource(
+                path=self.directory / part.file,
+                offset=part.data_offset,
+                nbytes=part.data_bytes,
+                chunk_bytes=self.manifest.chunk_bytes,
+                digest_algorithm=self.manifest.digest_algorithm,
+                digests=part.chunk_digests,
+            )
+            for part in self.manifest.rank_parts(rank)
+        ]
+
+    def mismatch(self, rank: int, number: int, chunk: int, found: str) -> DigestMismatch:
+        """Return the error for a chunk of part `number` whose digest is `found`."""
+        part, source = self.manifest.rank_parts(rank)[number], self.sources(rank)[number]
+        begin, end = source.chunk_range(chunk)
+        names = part.names_between(begin, end)
+        more = f" and {len(names) - _NAMED_TENSORS} more" if len(names) > _NAMED_TENSORS else ""
+        return DigestMismatch(
+            f"{source.path}: chunk {chunk} (data bytes {begin} to {end}, tensors "
+            f"{', '.join(names[:_NAMED_TENSORS])}{more}): {source.digest_algorithm} is "
+            f"{found}, the manifest says {source.digests[chunk]}; the file is damaged, "
+            "delete the checkpoint directory and shard the model again"
+        )
 
 
 def load_manifest(directory: Path) -> Checkpoint:

@@ -13,19 +13,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from headrace_loader.errors import RuntimeDirectoryUnusable
 from headrace_loader.state import LoaderState
 from headrace_loader.status import status
+from headrace_loader.trace import chrome_trace
 
 REQUEST_SECONDS = 5.0
 MAX_REQUESTS = 16
 """Requests served at a time; a probe and a scraper need two."""
 
 _POLL_SECONDS = 0.1
+_PATHS = "GET /healthz, /readyz, /v1/status, /v1/trace or /metrics"
 _LOG = logging.getLogger(__name__)
 
 _Request = socket.socket | tuple[bytes, socket.socket]
 
 
 class StatusServer(ThreadingHTTPServer):
-    """GET /healthz, /readyz, /v1/status, /metrics."""
+    """GET /healthz, /readyz, /v1/status, /v1/trace, /metrics."""
 
     daemon_threads = True
     request_queue_size = 32
@@ -106,15 +108,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/readyz":
             self._ready()
         elif path == "/v1/status":
-            content = json.dumps(status(self.server.state)).encode()
-            self._send(HTTPStatus.OK, "application/json", content)
+            self._json(status(self.server.state))
+        elif path == "/v1/trace":
+            self._json(chrome_trace(status(self.server.state)))
         elif path == "/metrics":
             # Not needed before the weights are there, and its import would delay them.
             from headrace_loader import metrics
 
             self._send(HTTPStatus.OK, metrics.CONTENT_TYPE, metrics.render(self.server.state))
         else:
-            self._text(HTTPStatus.NOT_FOUND, "GET /healthz, /readyz, /v1/status or /metrics")
+            self._text(HTTPStatus.NOT_FOUND, _PATHS)
 
     def _ready(self) -> None:
         state = self.server.state
@@ -124,6 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
             if state.total_bytes and not state.serving:
                 line += f" ({state.read_bytes} of {state.total_bytes} bytes)"
         self._text(code, line)
+
+    def _json(self, document: dict[str, object]) -> None:
+        self._send(HTTPStatus.OK, "application/json", json.dumps(document).encode())
 
     def _text(self, code: HTTPStatus, line: str) -> None:
         self._send(code, "text/plain; charset=utf-8", line.encode() + b"\n")

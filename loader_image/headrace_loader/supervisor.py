@@ -39,7 +39,7 @@ from headrace_loader.worker_process import (
     WorkerOptions,
     WorkerProcess,
 )
-from headrace_loader.worker_protocol import Failed, Filled, PathChosen, Progressed
+from headrace_loader.worker_protocol import Failed, Filled, Mismatched, PathChosen, Progressed
 
 HANDOVER_DIRECTORY = "handover"
 
@@ -71,10 +71,12 @@ News = WorkerNews | Stop
 
 @dataclass(slots=True)
 class _Load:
-    """The workers of a load that is going on, and the ranks still missing."""
+    """The workers of a load that is going on, the ranks still missing, the tensors per part."""
 
     workers: list[WorkerProcess]
     missing: set[int]
+    began: float = field(default_factory=time.time)
+    tensors: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
     oom_kills: int = field(default_factory=system.oom_kills)
 
 
@@ -130,6 +132,22 @@ class Supervisor:
         self._news.put(Stop())
 
     def _live(self, lease: Lease) -> None:
+        # Workers that may start open their devices while the manifest is read.
+        early = self._start_workers() if lease.acquire() else None
+        try:
+            checkpoint = self._read_checkpoint()
+            if early is None and not self._acquire(lease):
+                return
+            load = early = early or self._start_workers()
+            loaded = self._load(load, checkpoint, lease)
+        finally:
+            for worker in early.workers if early else ():
+                worker.stop()
+            self._drain()
+        while loaded and not isinstance(self._news.get(), Stop):
+            pass  # what workers still say after a load is of no interest
+
+    def _read_checkpoint(self) -> Checkpoint:
         checkpoint = load_manifest(self._options.checkpoint)
         check_ranks(checkpoint, self._options.tensor_parallel_size)
         with self._state.changing():
@@ -138,9 +156,7 @@ class Supervisor:
             self._state.mark("manifestRead")
         total = self._state.total_bytes
         log("manifest-read", totalBytes=total, ranks=len(self._state.ranks))
-        if self._acquire(lease) and self._load(checkpoint, lease):
-            while not isinstance(self._news.get(), Stop):
-                pass  # what workers still say after a load is of no interest
+        return checkpoint
 
     def _acquire(self, lease: Lease) -> bool:
         """Wait until nobody holds weights of an earlier loader; False when told to stop."""
@@ -163,7 +179,7 @@ class Supervisor:
         log("lease-ended")
         return True
 
-    def _load(self, checkpoint: Checkpoint, lease: Lease) -> bool:
+    def _load(self, load: _Load, checkpoint: Checkpoint, lease: Lease) -> bool:
         """Load all ranks; False when told to stop meanwhile."""
         if self._options.backend == "host":
             system.check_memory(self._state.total_bytes)
@@ -171,33 +187,30 @@ class Supervisor:
             self._state.loads += 1
             self._state.enter(Phase.LOADING, "reading weights")
             self._state.mark("loadBegan")
-        load = self._start_workers()
-        try:
-            while load.missing:
-                news = self._news.get()
-                if isinstance(news, Stop):
-                    return False
-                self._take(news, load, checkpoint, lease)
-            with self._state.changing():
-                self._state.enter(Phase.READY, "weights are resident and verified")
-                self._state.mark("resident")
-        finally:
-            for worker in load.workers:
-                worker.stop()
-            self._drain()
+            for rank in self._state.ranks:
+                rank.worker_started = load.began
+        for worker in load.workers:
+            worker.load(checkpoint.sources(worker.rank))
+        # Now, while weights are read: there may be tens of thousands.
+        load.tensors = {rank: _tensors(checkpoint, rank) for rank in load.missing}
+        while load.missing:
+            news = self._news.get()
+            if isinstance(news, Stop):
+                return False
+            self._take(news, load, checkpoint, lease)
+        with self._state.changing():
+            self._state.enter(Phase.READY, "weights are resident and verified")
+            self._state.mark("resident")
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
         return True
 
     def _start_workers(self) -> _Load:
         options = self._options
-        told = WorkerOptions(
-            options.checkpoint, options.backend, options.policy, options.read_threads
-        )
-        load = _Load([], {rank.rank for rank in self._state.ranks})
-        for rank in self._state.ranks:
-            with self._state.changing():
-                rank.worker_started = time.time()
-            load.workers.append(WorkerProcess(rank.rank, told, self._news.put))
+        told = WorkerOptions(options.backend, options.policy, options.read_threads)
+        ranks = range(options.tensor_parallel_size)
+        load = _Load([], set(ranks))
+        for rank in ranks:
+            load.workers.append(WorkerProcess(rank, told, self._news.put))
         return load
 
     def _drain(self) -> None:
@@ -221,8 +234,11 @@ class Supervisor:
         message = news.message
         if isinstance(message, Failed):
             raise PUBLISHED.get(message.reason, InternalError)(message.message)
+        if isinstance(message, Mismatched):
+            raise checkpoint.mismatch(rank.rank, message.part, message.chunk, message.found)
         if isinstance(message, Filled):
-            self._hold(rank, message, news.descriptors, checkpoint, lease)
+            ready = _ready(rank.rank, checkpoint, message, load.tensors[rank.rank])
+            self._hold(rank, ready, message.verified_at, news.descriptors, lease)
             load.missing.discard(rank.rank)
             return
         with self._state.changing():
@@ -236,17 +252,16 @@ class Supervisor:
     def _hold(
         self,
         rank: RankState,
-        filled: Filled,
+        ready: Ready,
+        verified_at: float,
         descriptors: tuple[int, ...],
-        checkpoint: Checkpoint,
         lease: Lease,
     ) -> None:
         self._held += descriptors
         for descriptor in descriptors:
             protect(self._options.backend, descriptor)
-        ready = _ready(rank.rank, checkpoint, filled)
         with self._state.changing():
-            rank.verified_at = filled.verified_at
+            rank.verified_at = verified_at
             rank.offer = Offer(ready, (*descriptors, lease.descriptor))
 
     def _log_path(self, rank: RankState, report: PathReport) -> None:
@@ -289,19 +304,23 @@ def _rank_states(checkpoint: Checkpoint) -> list[RankState]:
     ]
 
 
-def _ready(rank: int, checkpoint: Checkpoint, filled: Filled) -> Ready:
+def _tensors(checkpoint: Checkpoint, rank: int) -> list[tuple[Tensor, ...]]:
+    return [
+        tuple(
+            Tensor(item.name, item.dtype, item.shape, item.offset, item.nbytes)
+            for item in part.tensors
+        )
+        for part in checkpoint.manifest.rank_parts(rank)
+    ]
+
+
+def _ready(
+    rank: int, checkpoint: Checkpoint, filled: Filled, tensors: list[tuple[Tensor, ...]]
+) -> Ready:
     parts = checkpoint.manifest.rank_parts(rank)
     regions = tuple(
-        Region(
-            part=part.part,
-            nbytes=nbytes,
-            data_bytes=part.data_bytes,
-            tensors=tuple(
-                Tensor(item.name, item.dtype, item.shape, item.offset, item.nbytes)
-                for item in part.tensors
-            ),
-        )
-        for part, nbytes in zip(parts, filled.region_bytes, strict=True)
+        Region(part.part, nbytes, part.data_bytes, of_part)
+        for part, nbytes, of_part in zip(parts, filled.region_bytes, tensors, strict=True)
     )
     return Ready(rank, checkpoint.digest, regions)
 

@@ -11,35 +11,32 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from headrace_checkpoint.manifest import Manifest, Part
 from headrace_handover.channel import Channel, close_all
 from headrace_handover.errors import HandoverError
 from headrace_loader.backends import (
     BackendOptions,
     ChunkMismatch,
-    PartSource,
     PathPolicy,
     PathReport,
     Region,
     open_backend,
 )
-from headrace_loader.checkpoint import load_manifest
-from headrace_loader.errors import DigestMismatch, InternalError, LoaderError
+from headrace_loader.errors import InternalError, LoaderError
 from headrace_loader.worker_protocol import (
     Failed,
     Filled,
     Message,
+    Mismatched,
     PathChosen,
     Progressed,
+    decode_plan,
     encode,
 )
 
 _REPORT_SECONDS = 0.1
 _SEND_SECONDS = 30.0
-_NAMED_TENSORS = 5
 
 
 class SupervisorLink:
@@ -137,23 +134,21 @@ def _report(link: SupervisorLink, error: LoaderError) -> int:
 
 
 def _load(options: argparse.Namespace, link: SupervisorLink) -> None:
-    directory: Path = options.checkpoint
-    manifest = load_manifest(directory).manifest
-    parts = manifest.rank_parts(options.rank)
     backend = open_backend(
         options.backend,
         BackendOptions(options.rank, PathPolicy(options.path), options.read_threads),
     )
+    content = sys.stdin.buffer.read()
+    if not content:
+        _end()
+    sources = decode_plan(content)
     progress = ProgressReporter(link, backend.device)
-    regions: list[Region] = [backend.allocate(part.data_bytes) for part in parts]
-    transfers = [
-        (region, _source(directory, manifest, part))
-        for region, part in zip(regions, parts, strict=True)
-    ]
+    regions: list[Region] = [backend.allocate(source.nbytes) for source in sources]
     try:
-        backend.fill(transfers, progress)
+        backend.fill(list(zip(regions, sources, strict=True)), progress)
     except ChunkMismatch as error:
-        raise _digest_mismatch(error, parts) from None
+        link.send(Mismatched(sources.index(error.source), error.chunk, error.found))
+        return
     progress.send()
     exported = [region.export() for region in regions]
     filled = Filled(tuple(region.nbytes for region in regions), time.time())
@@ -164,35 +159,9 @@ def _load(options: argparse.Namespace, link: SupervisorLink) -> None:
     backend.close()
 
 
-def _source(directory: Path, manifest: Manifest, part: Part) -> PartSource:
-    return PartSource(
-        path=directory / part.file,
-        offset=part.data_offset,
-        nbytes=part.data_bytes,
-        chunk_bytes=manifest.chunk_bytes,
-        digest_algorithm=manifest.digest_algorithm,
-        digests=part.chunk_digests,
-    )
-
-
-def _digest_mismatch(error: ChunkMismatch, parts: Sequence[Part]) -> DigestMismatch:
-    source = error.source
-    begin, end = source.chunk_range(error.chunk)
-    part = next(part for part in parts if part.file == source.path.name)
-    names = part.names_between(begin, end)
-    more = f" and {len(names) - _NAMED_TENSORS} more" if len(names) > _NAMED_TENSORS else ""
-    return DigestMismatch(
-        f"{source.path}: chunk {error.chunk} (data bytes {begin} to {end}, tensors "
-        f"{', '.join(names[:_NAMED_TENSORS])}{more}): {source.digest_algorithm} is "
-        f"{error.found}, the manifest says {source.digests[error.chunk]}; the file is damaged, "
-        "delete the checkpoint directory and shard the model again"
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="headrace_loader.worker", description=__doc__)
     parser.add_argument("--socket", type=int, required=True, help="descriptor of a socket pair")
-    parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--backend", required=True)
     parser.add_argument("--path", required=True)

@@ -1,18 +1,19 @@
 """The supervisor's view of a worker: started, listened to, ended."""
 
+import contextlib
+import os
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from headrace_handover.channel import Channel
 from headrace_handover.errors import HandoverError
-from headrace_loader.backends import PathPolicy
+from headrace_loader.backends import PartSource, PathPolicy
 from headrace_loader.errors import InternalError
-from headrace_loader.worker_protocol import MAX_LINE_BYTES, Filled, Message, decode
+from headrace_loader.worker_protocol import MAX_LINE_BYTES, Filled, Message, decode, encode_plan
 
 _END_SECONDS = 10.0
 
@@ -21,7 +22,6 @@ _END_SECONDS = 10.0
 class WorkerOptions:
     """What every worker of a load is told."""
 
-    checkpoint: Path
     backend: str
     policy: PathPolicy
     read_threads: int
@@ -48,7 +48,10 @@ WorkerNews = WorkerEvent | WorkerEnded
 
 
 class WorkerProcess:
-    """One worker. Its news go to the function `news`, the last of them WorkerEnded."""
+    """One worker. Its news go to the function `news`, the last of them WorkerEnded.
+
+    It opens its device at once and waits for what to load.
+    """
 
     def __init__(
         self, rank: int, options: WorkerOptions, news: Callable[[WorkerNews], None]
@@ -56,20 +59,33 @@ class WorkerProcess:
         self.rank = rank
         self._news = news
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        reading, writing = os.pipe()
+        self._plan = os.fdopen(writing, "wb")
+        with theirs, os.fdopen(reading) as stdin:
             self._process = subprocess.Popen(
                 _command(rank, options, theirs.fileno()),
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 pass_fds=(theirs.fileno(),),
             )
         self._channel = Channel(ours, accept_descriptors=True)
         self._thread = threading.Thread(target=self._listen, name=f"worker-{rank}", daemon=True)
         self._thread.start()
 
+    def load(self, sources: Sequence[PartSource]) -> None:
+        """Tell it to load these parts; returns at once."""
+        threading.Thread(target=self._tell, args=(encode_plan(sources),), daemon=True).start()
+
+    def _tell(self, plan: bytes) -> None:
+        # A worker that is gone says so in its news.
+        with contextlib.suppress(OSError), self._plan:
+            self._plan.write(plan)
+
     def stop(self) -> None:
         """Kill the worker unless it has ended, and wait for it."""
         self._process.kill()
         self._thread.join(_END_SECONDS)
+        with contextlib.suppress(OSError):
+            self._plan.close()
 
     def _listen(self) -> None:
         try:
@@ -100,7 +116,6 @@ def _command(rank: int, options: WorkerOptions, descriptor: int) -> Sequence[str
         "-m",
         "headrace_loader.worker",
         f"--socket={descriptor}",
-        f"--checkpoint={options.checkpoint}",
         f"--rank={rank}",
         f"--backend={options.backend}",
         f"--path={options.policy}",

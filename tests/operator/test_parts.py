@@ -88,6 +88,7 @@ def test_long_child_names_are_shortened_and_stay_different() -> None:
         ("pvc://c/a/b/", ("c", "a/b")),
         ("pvc://c", ("", "")),
         ("s3://c/a", ("", "")),
+        ("hf://c/a", ("", "")),
         ("", ("", "")),
     ],
 )

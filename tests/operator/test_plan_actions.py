@@ -36,6 +36,29 @@ def test_a_new_deployment_waits_for_the_checkpoint(build: SimpleNamespace) -> No
     assert kinds(build.plan(resource, build.world(resource))) == ["Deployment", "Service"]
 
 
+def test_a_remote_source_needs_no_claim_and_takes_its_credentials_from_a_secret(
+    build: SimpleNamespace,
+) -> None:
+    token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
+    resource = build.resource(
+        {
+            "model": {"source": "hf://meta-llama/Llama-3.1-8B", "revision": "v1"},
+            "sharding": {"env": [token]},
+        }
+    )
+    assert needs(resource).source_claim is None
+    job = of_kind(build.plan(resource, Observed(claim=build.claim())), "Job")
+    pod = job["spec"]["template"]["spec"]
+    (shard,) = pod["containers"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["weights", "tmp"]
+    assert [mount["name"] for mount in shard["volumeMounts"]] == ["weights", "tmp"]
+    assert shard["env"] == [{"name": "HOME", "value": "/tmp"}, token]
+    source = ["--source", "hf://meta-llama/Llama-3.1-8B", "--revision", "v1"]
+    assert shard["command"][2:6] == source
+    output = shard["command"][shard["command"].index("--output") + 1]
+    assert output.startswith("/mnt/weights/headrace/llama-3-1-8b/")
+
+
 def test_a_changed_model_shards_first_and_keeps_the_old_template(build: SimpleNamespace) -> None:
     old = build.resource()
     live = build.deployment(old)

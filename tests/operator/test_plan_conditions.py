@@ -76,6 +76,7 @@ def test_a_missing_source_claim_is_named(build: SimpleNamespace) -> None:
 
 SHARDER_REASONS = [
     "SourceNotFound",
+    "SourceForbidden",
     "ConfigInvalid",
     "ArchitectureUnsupported",
     "ParallelismInvalid",

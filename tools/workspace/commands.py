@@ -59,6 +59,11 @@ def _module(name: str) -> Callable[[Sequence[str]], int]:
     return command
 
 
+def _bench_loader(arguments: Sequence[str]) -> int:
+    _venv()
+    return _call([ROOT / "bench" / "loader.py", *arguments])
+
+
 def _call(arguments: Sequence[str | Path], timeout: float | None = None) -> int:
     """Run .venv's Python on the terminal; it gets a Ctrl-C or SIGTERM too, and time to clean up."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
@@ -144,6 +149,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "lint": _lint,
     "venv": _venv,
     "images": _module("imagebuild"),
+    "bench-loader": _bench_loader,
     "crds": _module(CRD),
     "lock": _lock,
     "cluster-up": _cluster("up", "--node"),

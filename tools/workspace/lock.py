@@ -15,11 +15,16 @@ SECONDS = 600.0
 SOURCES: dict[str, tuple[str, ...]] = {
     "build.txt": ("--group", "build"),
     "operator.txt": ("operator/pyproject.toml",),
-    "loader.txt": ("loader_image/pyproject.toml", "--extra", "loader"),
+    "loader.txt": (
+        *("loader_image/pyproject.toml", "--extra", "loader", "--extra", "gds"),
+        *("--extra", "sources"),
+        *("--overrides", "loader_image/overrides.txt"),
+    ),
     "engine-cpu.txt": ("--group", "engine"),
     "dev.txt": (
         *("--group", "test", "--group", "lint", "--group", "engine"),
         *("operator/pyproject.toml", "loader_image/pyproject.toml", "--extra", "loader"),
+        *("--extra", "sources"),
     ),
 }
 

@@ -117,11 +117,11 @@ class HostBackend:
                 for chunk in range(len(file.source.digests))
             )
             buffers = _Buffers(max(file.source.chunk_bytes for file in files))
-            run_parallel(
-                pieces,
-                lambda piece: _load(piece, buffers.view, progress),
-                self._options.read_threads,
-            )
+
+            def load(piece: _Piece) -> None:
+                _load(piece, buffers.view, progress)
+
+            run_parallel(pieces, [load] * self._options.read_threads)
 
     def close(self) -> None:
         """Nothing is held beside the regions."""

@@ -1,21 +1,21 @@
 """Work shared by a few threads, in order, ended by the first failure."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 Work = TypeVar("Work")
 
 
-def run_parallel(work: Iterable[Work], body: Callable[[Work], None], threads: int) -> None:
-    """Run `body` on each item, items in order, in `threads` threads.
+def run_parallel(work: Iterable[Work], bodies: Sequence[Callable[[Work], None]]) -> None:
+    """Run one of `bodies`, each in a thread of its own, on each item, items in order.
 
     The first exception ends all threads after their current item and is raised here.
     """
     items = _Locked(iter(work))
     failures: list[BaseException] = []
 
-    def drain() -> None:
+    def drain(body: Callable[[Work], None]) -> None:
         try:
             for item in items:
                 if failures:
@@ -24,7 +24,7 @@ def run_parallel(work: Iterable[Work], body: Callable[[Work], None], threads: in
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failures.append(error)
 
-    running = [threading.Thread(target=drain, daemon=True) for _ in range(threads)]
+    running = [threading.Thread(target=drain, args=(body,), daemon=True) for body in bodies]
     for thread in running:
         thread.start()
     for thread in running:

@@ -1,18 +1,23 @@
-// Digest of one chunk of weights on the GPU: the multilinear sum that
+// Digests of consecutive chunks of weights on the GPU: the multilinear sum that
 // headrace_checkpoint/digest.py defines. digest.ptx is this file compiled by
 //   nvcc -arch=compute_80 -ptx digest.cu
 // with its ".version" lowered to 7.0, which has every instruction used, so that older drivers take it.
 //
 // data: `words` 64-bit words, 16-byte aligned, the last one padded with zero bytes.
-// out:  one 64-bit word, zero before the launch.
+// chunk_words: words per chunk, even; the last chunk may be short.
+// out:  one 64-bit word per chunk, zero before the launch.
+// Launched with gridDim.y chunks, the blocks of gridDim.x share one.
 extern "C" __global__ void multilinear64(const unsigned long long* __restrict__ data,
-                                         unsigned long long words,
+                                         unsigned long long words, unsigned long long chunk_words,
                                          unsigned long long* __restrict__ out) {
+  const unsigned long long begin = blockIdx.y * chunk_words;
+  const unsigned long long count = words - begin < chunk_words ? words - begin : chunk_words;
+  const unsigned long long* chunk = data + begin;
   unsigned long long sum = 0;
   const unsigned long long stride = (unsigned long long)gridDim.x * blockDim.x;
   for (unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
-       2 * i < words; i += stride) {
-    unsigned long long pair[2] = {data[2 * i], 2 * i + 1 < words ? data[2 * i + 1] : 0};
+       2 * i < count; i += stride) {
+    unsigned long long pair[2] = {chunk[2 * i], 2 * i + 1 < count ? chunk[2 * i + 1] : 0};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       unsigned long long z = (2 * i + k + 1) * 0x9E3779B97F4A7C15ull;
@@ -22,5 +27,5 @@ extern "C" __global__ void multilinear64(const unsigned long long* __restrict__ 
     }
   }
   for (int offset = 16; offset; offset >>= 1) sum += __shfl_down_sync(0xffffffffu, sum, offset);
-  if ((threadIdx.x & 31) == 0) atomicAdd(out, sum);
+  if ((threadIdx.x & 31) == 0) atomicAdd(out + blockIdx.y, sum);
 }

@@ -109,25 +109,24 @@ def without_gpus(field: str) -> dict[str, Any]:
     )
 
 
-class EnvVar(Part):
-    """One environment variable of the engine, as in the core API."""
+_ONE_VALUE = rule(
+    "!(has(self.value) && has(self.valueFrom))",
+    "env",
+    "must have value or valueFrom, not both; remove one",
+    value="self.name",
+)
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                "!(has(self.value) && has(self.valueFrom))",
-                "spec.engine.env",
-                "must have value or valueFrom, not both; remove one",
-                value="self.name",
-            )
-        )
-    )
+
+class EnvVar(Part):
+    """One environment variable, as in the core API."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_ONE_VALUE))
 
     name: Annotated[str, Field(min_length=1, max_length=256)] = Field(
         json_schema_extra=rules(
             rule(
                 "self != 'PYTHONPATH' && !self.startsWith('HEADRACE_')",
-                "spec.engine.env",
+                "env",
                 "the operator sets this variable; choose another name",
             )
         )
@@ -137,6 +136,29 @@ class EnvVar(Part):
     """Value of the variable."""
     value_from: Passthrough | None = None
     """Source of the value: configMapKeyRef, secretKeyRef, fieldRef or resourceFieldRef."""
+
+
+class ShardEnvVar(EnvVar):
+    """One environment variable of the shard Job; secrets come by reference alone."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            _ONE_VALUE,
+            rule(
+                "!has(self.value) || "
+                "!(self.name in ['AWS_SECRET_ACCESS_KEY', 'AWS_SESSION_TOKEN', 'HF_TOKEN'])",
+                "env",
+                "must not be written down here; give valueFrom.secretKeyRef",
+                value="self.name",
+            ),
+        )
+    )
+
+
+_MERGED_BY_NAME: dict[str, Any] = {
+    "x-kubernetes-list-type": "map",
+    "x-kubernetes-list-map-keys": ["name"],
+}
 
 
 class Engine(Part):
@@ -160,11 +182,7 @@ class Engine(Part):
     )
     """More arguments of the engine. Arguments that the operator sets are refused."""
     env: Annotated[list[EnvVar], Field(max_length=256)] = Field(
-        default_factory=list,
-        json_schema_extra={
-            "x-kubernetes-list-type": "map",
-            "x-kubernetes-list-map-keys": ["name"],
-        },
+        default_factory=list, json_schema_extra=_MERGED_BY_NAME
     )
     """Environment of the engine."""
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
@@ -192,6 +210,10 @@ class Sharding(Part):
         default_factory=Resources, json_schema_extra=without_gpus("spec.sharding.resources")
     )
     """Compute resources of the shard Job."""
+    env: Annotated[list[ShardEnvVar], Field(max_length=64)] = Field(
+        default_factory=list, json_schema_extra=_MERGED_BY_NAME
+    )
+    """Environment of the shard Job, for sources: AWS_... for s3://, HF_... for hf://."""
     node_selector: StringMap = Field(default_factory=dict)
     """Labels of the nodes that may run the shard Job."""
     tolerations: PassthroughList = Field(default_factory=list)

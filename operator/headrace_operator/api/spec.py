@@ -25,10 +25,22 @@ class Model(Part):
     source: Annotated[str, Field(max_length=1024)] = Field(
         json_schema_extra=rules(
             rule(
-                "self.startsWith('pvc://')",
+                "self.matches('^(pvc|s3|hf)://')",
                 _SOURCE,
-                "must start with pvc://, the only supported scheme; copy the model to a claim and "
-                "give pvc://<claim>/<path>",
+                "must start with pvc://, s3:// or hf://; give pvc://<claim>/<path>, "
+                "s3://<bucket>/<prefix> or hf://<owner>/<name>",
+            ),
+            rule(
+                "!self.startsWith('s3://') || self.matches("
+                "'^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/\\\\s][^\\\\s]*$')",
+                _SOURCE,
+                "must name a bucket and a prefix in it; give s3://<bucket>/<prefix>",
+            ),
+            rule(
+                "!self.startsWith('hf://') || self.matches("
+                "'^hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$')",
+                _SOURCE,
+                "must name a repository; give hf://<owner>/<name> and spec.model.revision",
             ),
             rule(
                 "!self.startsWith('pvc://') || self.matches("
@@ -44,7 +56,8 @@ class Model(Part):
             ),
         )
     )
-    """Directory with config.json and safetensors files: pvc://<claim>/<path>."""
+    """Where config.json and the safetensors files are: pvc://<claim>/<path>, s3://<bucket>/<prefix>
+    or hf://<owner>/<name>, a repository of the Hugging Face Hub."""
     revision: Annotated[str, Field(max_length=256)] = Field(
         default="main",
         json_schema_extra=matches(
@@ -53,7 +66,8 @@ class Model(Part):
             'must be a revision; use letters, digits, ".", "_", "/" and "-"',
         ),
     )
-    """Revision of the model. Part of the checkpoint's identity: change it with the files."""
+    """Revision of the model: branch, tag or commit of an hf:// source, any word for the others.
+    Part of the checkpoint's identity: change it with the files."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the weights; auto keeps the type that the model's config.json names."""
     quantization: Literal["none"] = "none"

@@ -78,7 +78,8 @@ def plan_checkpoint(
 
 
 def _source_is_missing(spec: ModelDeploymentSpec, claim: str, observed: Observed) -> bool:
-    return source_parts(spec.model.source)[0] != claim and observed.source_claim is None
+    source_claim, _ = source_parts(spec.model.source)
+    return source_claim not in ("", claim) and observed.source_claim is None
 
 
 def _missing_source(spec: ModelDeploymentSpec) -> Draft:

@@ -80,7 +80,7 @@ def metadata(
 
 
 def source_parts(source: str) -> tuple[str, str]:
-    """Split pvc://<claim>/<path> into claim and path; both are empty if it is none."""
+    """Split pvc://<claim>/<path> into claim and path; both are empty for another source."""
     match = _SOURCE.fullmatch(source)
     return (match[1], match[2].strip("/")) if match else ("", "")
 
@@ -107,7 +107,7 @@ def checkpoint_key(spec: ModelDeploymentSpec) -> str:
 
 def checkpoint_path(spec: ModelDeploymentSpec) -> str:
     """Return the checkpoint's directory, relative to the volume's root."""
-    last = source_parts(spec.model.source)[1].rpartition("/")[2]
+    last = spec.model.source.rstrip("/").rpartition("/")[2]
     slug = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:_MAX_LABEL] or "model"
     return f"{spec.volume.root}/{slug}/{checkpoint_key(spec)}"
 

@@ -1,8 +1,9 @@
 """What the pods of the shard Job and of the engine have in common."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headrace_operator.api.parts import PodOverrides, Resources
+from headrace_operator.api.parts import EnvVar, PodOverrides, Resources
 
 WEIGHTS = "weights"
 WEIGHTS_PATH = "/mnt/weights"
@@ -29,6 +30,15 @@ def container_security() -> dict[str, Any]:
         "capabilities": {"drop": ["ALL"]},
         "readOnlyRootFilesystem": True,
     }
+
+
+def environment(own: Mapping[str, str], given: Sequence[EnvVar]) -> list[dict[str, Any]]:
+    """Return a container's environment: the operator's variables give way to the user's."""
+    named = {
+        variable.name: variable.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for variable in given
+    }
+    return [*({"name": n, "value": v} for n, v in own.items() if n not in named), *named.values()]
 
 
 def resources(given: Resources) -> dict[str, Any]:

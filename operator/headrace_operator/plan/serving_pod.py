@@ -22,6 +22,7 @@ from headrace_operator.plan.pods import (
     WEIGHTS_PATH,
     common_pod_fields,
     container_security,
+    environment,
     pull_policy,
     resources,
 )
@@ -197,11 +198,7 @@ def _engine_env(spec: ModelDeploymentSpec) -> list[dict[str, Any]]:
         # Everything the engine needs is on the volume.
         "HF_HUB_OFFLINE": "1",
     }
-    given = {
-        variable.name: variable.model_dump(mode="json", by_alias=True, exclude_none=True)
-        for variable in spec.engine.env
-    }
-    return [*({"name": n, "value": v} for n, v in own.items() if n not in given), *given.values()]
+    return environment(own, spec.engine.env)
 
 
 def _engine_resources(spec: ModelDeploymentSpec) -> dict[str, Any]:

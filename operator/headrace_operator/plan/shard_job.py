@@ -23,6 +23,7 @@ from headrace_operator.plan.pods import (
     WEIGHTS_PATH,
     common_pod_fields,
     container_security,
+    environment,
     pull_policy,
     resources,
 )
@@ -81,14 +82,21 @@ def shard_job(
 
 
 def _pod(spec: ModelDeploymentSpec, claim: str, settings: Settings) -> dict[str, Any]:
-    source_claim, source_path = source_parts(spec.model.source)
     volumes = [
         {"name": WEIGHTS, "persistentVolumeClaim": {"claimName": claim}},
         {"name": _TMP, "emptyDir": {}},
     ]
-    if source_claim != claim:
-        source = {"claimName": source_claim, "readOnly": True}
-        volumes.append({"name": _SOURCE, "persistentVolumeClaim": source})
+    mounts: list[dict[str, Any]] = [
+        {"name": WEIGHTS, "mountPath": WEIGHTS_PATH},
+        {"name": _TMP, "mountPath": TMP_PATH},
+    ]
+    source_claim, _ = source_parts(spec.model.source)
+    if source_claim:
+        name = WEIGHTS if source_claim == claim else _SOURCE
+        mounts.insert(1, {"name": name, "mountPath": _SOURCE_PATH, "readOnly": True})
+        if name == _SOURCE:
+            source = {"claimName": source_claim, "readOnly": True}
+            volumes.append({"name": _SOURCE, "persistentVolumeClaim": source})
     placement = {
         "nodeSelector": dict(spec.sharding.node_selector),
         "tolerations": list(spec.sharding.tolerations),
@@ -102,31 +110,22 @@ def _pod(spec: ModelDeploymentSpec, claim: str, settings: Settings) -> dict[str,
                 "name": SHARD,
                 "image": settings.loader_image,
                 **pull_policy(spec.pod),
-                "command": _command(spec, source_path),
-                "env": [{"name": "HOME", "value": TMP_PATH}],
+                "command": _command(spec),
+                "env": environment({"HOME": TMP_PATH}, spec.sharding.env),
                 "resources": resources(spec.sharding.resources),
                 "securityContext": container_security(),
-                "volumeMounts": [
-                    {"name": WEIGHTS, "mountPath": WEIGHTS_PATH},
-                    {
-                        "name": WEIGHTS if source_claim == claim else _SOURCE,
-                        "mountPath": _SOURCE_PATH,
-                        "readOnly": True,
-                    },
-                    {"name": _TMP, "mountPath": TMP_PATH},
-                ],
+                "volumeMounts": mounts,
             }
         ],
         "volumes": volumes,
     }
 
 
-def _command(spec: ModelDeploymentSpec, source_path: str) -> list[str]:
+def _command(spec: ModelDeploymentSpec) -> list[str]:
     return [
         "headrace",
         "shard",
-        "--source",
-        f"{_SOURCE_PATH}/{source_path}",
+        *_source(spec),
         "--output",
         f"{WEIGHTS_PATH}/{checkpoint_path(spec)}",
         "--tensor-parallel-size",
@@ -138,3 +137,10 @@ def _command(spec: ModelDeploymentSpec, source_path: str) -> list[str]:
         "--identity",
         canonical_json(identity(spec)),
     ]
+
+
+def _source(spec: ModelDeploymentSpec) -> list[str]:
+    claim, path = source_parts(spec.model.source)
+    if claim:
+        return ["--source", f"{_SOURCE_PATH}/{path}"]
+    return ["--source", spec.model.source, "--revision", spec.model.revision]

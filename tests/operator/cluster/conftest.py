@@ -226,11 +226,27 @@ def token_kubeconfig(cluster: Cluster, path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def audit_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the API server writes down each request of the operator."""
+    return tmp_path_factory.mktemp("audit") / "requests.jsonl"
+
+
+def audit_flags(log: Path) -> dict[str, str]:
+    """Return the API server's flags for a log of what the operator's account does."""
+    account = f"system:serviceaccount:{SYSTEM}:headrace"
+    rules = [{"level": "Metadata", "users": [account]}, {"level": "None"}]
+    policy = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": rules}
+    path = log.with_name("policy.yaml")
+    path.write_text(yaml.safe_dump(policy | {"omitStages": ["RequestReceived"]}))
+    return {"audit-policy-file": str(path), "audit-log-path": str(log)}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, audit_log: Path) -> Iterator[Cluster]:
     """A cluster with the operator's account and rules, but without the CRD."""
     directory = tmp_path_factory.mktemp("cluster")
     stages = node_stages(tmp_path_factory.mktemp("kwok") / "stages.yaml")
-    made = Cluster(directory).up(kwok=1, kwok_stages=stages)
+    made = Cluster(directory).up(kwok=1, kwok_stages=stages, api_server=audit_flags(audit_log))
     with made as cluster:
         cluster.kubectl("create", "namespace", SYSTEM)
         install_rbac(cluster)

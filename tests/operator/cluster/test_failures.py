@@ -10,6 +10,7 @@ pytestmark = pytest.mark.cluster
 
 PERMANENT = [
     "SourceNotFound",
+    "SourceForbidden",
     "ConfigInvalid",
     "ArchitectureUnsupported",
     "ParallelismInvalid",

@@ -312,7 +312,7 @@ def test_with_a_role_in_one_namespace_it_serves_that_namespace_alone(
         assert "status" not in other.resource("elsewhere")
         kube.delete(MODEL_DEPLOYMENT, "elsewhere", "default")
         assert kube.list(VOLUME)
-        assert "orbidden" not in operator_process.log.read_text()
+        assert " is forbidden" not in operator_process.log.read_text()
     finally:
         operator_process.stop()
         operator_process.environment = {}

@@ -13,7 +13,21 @@ ENGINE = {"image": "vllm:cpu"}
 
 # (changed part of the spec, the field that is blamed, what the message must say)
 RULES: list[tuple[dict[str, Any], str, list[str]]] = [
-    ({"model": {"source": "s3://b/p"}}, "spec.model.source", ["s3://b/p", "pvc://<claim>/<path>"]),
+    ({"model": {"source": "gs://b/p"}}, "spec.model.source", ["gs://b/p", "pvc://<claim>/<path>"]),
+    ({"model": {"source": "s3://bucket"}}, "spec.model.source", ["s3://<bucket>/<prefix>"]),
+    ({"model": {"source": "s3://Bucket/p"}}, "spec.model.source", ["must name a bucket"]),
+    ({"model": {"source": "hf://name"}}, "spec.model.source", ["hf://<owner>/<name>"]),
+    ({"model": {"source": "hf://a/b/c"}}, "spec.model.source", ["must name a repository"]),
+    (
+        {"sharding": {"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}},
+        "spec.sharding.env[0]",
+        ['"HF_TOKEN"', "secretKeyRef"],
+    ),
+    (
+        {"sharding": {"env": [{"name": "HEADRACE_X", "value": "1"}]}},
+        "spec.sharding.env[0].name",
+        ["HEADRACE_X", "another name"],
+    ),
     ({"model": {"source": "pvc://claim"}}, "spec.model.source", ["must name a claim"]),
     ({"model": {"source": "pvc://Claim/x"}}, "spec.model.source", ["must name a claim"]),
     ({"model": {"source": "pvc://claim//x"}}, "spec.model.source", ["must name a claim"]),

@@ -40,6 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--kwok", type=_count, default=0, metavar="N", help="add N simulated nodes")
     up.add_argument("--kwok-stages", default="", metavar="FILE", help="Stages to use for them")
     up.add_argument("--images", default="", metavar="DIR", help="where images outlive the cluster")
+    up.add_argument(
+        "--api-server",
+        type=_flag,
+        action="append",
+        default=[],
+        metavar="FLAG=VALUE",
+        help="a flag of the API server, such as audit-log-path=FILE",
+    )
     up.set_defaults(run=_up)
     down = commands.add_parser("down", help="tear a cluster down, also after a crash")
     down.set_defaults(run=lambda options: Cluster(options.dir).down())
@@ -81,12 +89,20 @@ def _count(text: str) -> int:
     return value
 
 
+def _flag(text: str) -> tuple[str, str]:
+    name, equals, value = text.removeprefix("--").partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text}: must be FLAG=VALUE")
+    return name, value
+
+
 def _up(options: argparse.Namespace) -> None:
     cluster = Cluster(options.dir).up(
         node=options.node,
         kwok=options.kwok,
         kwok_stages=options.kwok_stages,
         images=options.images,
+        api_server=dict(options.api_server),
     )
     _print_environment(cluster)
 

@@ -24,7 +24,7 @@ from .record import Record
 from .startup import Startup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 COMMAND_SECONDS = 120.0
 
@@ -93,13 +93,15 @@ class Cluster:
         kwok: int = 0,
         kwok_stages: str | os.PathLike[str] = "",
         images: str | os.PathLike[str] = "",
+        api_server: Mapping[str, str] | None = None,
     ) -> Self:
         """Bring the cluster up and return it; a cluster that is up already is kept.
 
         With `node`, a real node (needs root). `kwok` is a number of simulated nodes, and
         `kwok_stages` a file of Stage objects to use instead of kwok's own fast ones. `images`
         is a directory for the real node's images that outlives the cluster: a later one finds
-        them there. While another cluster uses it, the node starts without them.
+        them there. While another cluster uses it, the node starts without them. `api_server` has
+        more flags of the API server by name, without dashes, or other values of those it has.
         Returns once the API answers, the default ServiceAccount exists and the nodes are Ready.
         Raises LocalkubeError, and leaves nothing running, when that cannot be reached.
         """
@@ -108,6 +110,7 @@ class Cluster:
             kwok=kwok,
             kwok_stages=_absolute(kwok_stages),
             images=_absolute(images),
+            api_server=dict(api_server or {}),
         )
         startup = Startup(self._layout, self._components, wanted, self.timings)
         startup.check()

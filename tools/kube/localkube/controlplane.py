@@ -89,8 +89,10 @@ def etcd(binary: Path, layout: Layout) -> list[str | Path]:
     return [binary, *_flags(flags)]
 
 
-def api_server(binary: Path, layout: Layout, endpoint: Endpoint) -> list[str | Path]:
-    """Return the command line of kube-apiserver."""
+def api_server(
+    binary: Path, layout: Layout, endpoint: Endpoint, more: Mapping[str, str]
+) -> list[str | Path]:
+    """Return the command line of kube-apiserver; flags in `more` replace those made here."""
     pki = layout.pki
     flags = {
         "etcd-servers": ETCD_CLIENTS,
@@ -114,7 +116,7 @@ def api_server(binary: Path, layout: Layout, endpoint: Endpoint) -> list[str | P
         "service-account-key-file": pki / "service-accounts.pub",
         "service-account-signing-key-file": pki / "service-accounts.key",
     }
-    return [binary, *_flags(flags)]
+    return [binary, *_flags({**flags, **more})]
 
 
 def controller_manager(binary: Path, layout: Layout, kubeconfig: Path) -> list[str | Path]:

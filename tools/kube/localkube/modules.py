@@ -118,6 +118,7 @@ MODULES = (
         pin="helm.sh/helm/v4",
         stamps=("helm.sh/helm/v4/internal/version.version={version}",),
     ),
+    Module("versitygw", {"versitygw": "github.com/versity/versitygw/cmd/versitygw"}),
 )
 
 

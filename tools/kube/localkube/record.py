@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from .errors import InvalidInputError
 from .files import write_private
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -22,6 +23,7 @@ class Record:
     kwok: int
     kwok_stages: str = ""
     images: str = ""
+    api_server: Mapping[str, str] = field(default_factory=dict)
     snapshotter: str = ""
     server: str = ""
 

@@ -130,7 +130,9 @@ class Startup:
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
             port = controlplane.free_port(endpoint.address)
             endpoint = dataclasses.replace(endpoint, port=port)
-            command = controlplane.api_server(self._paths["kube-apiserver"], self._layout, endpoint)
+            command = controlplane.api_server(
+                self._paths["kube-apiserver"], self._layout, endpoint, self._record.api_server
+            )
             self._components.start("kube-apiserver", command)
             self._record = dataclasses.replace(self._record, server=endpoint.server)
             self._api = Api(endpoint.server, authority, admin)

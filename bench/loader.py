@@ -1,0 +1,497 @@
+"""How fast are weights resident, against the hardware's limits and other loaders?
+
+    make bench-loader ARGS="--gib 1,16,48 --output FILE"
+
+Every point writes a checkpoint, then in each round loads it with the real `headrace-loader`
+(supervisor and worker as a pod starts them), measures the limit, and lets each peer load the same
+files: page cache warm, one after the other, so that all meet the same machine. Cold rounds
+drop the file from the page cache before each load. Numbers are in GiB/s:
+
+- headrace: bytes by the time from the begin of reading to resident and verified;
+- limit: copies from pinned memory (cuda), or reads from the page cache to a buffer (host);
+- overhead_s: from process start to resident, without that time.
+
+The last line of the output is JSON; null stands for what this machine cannot measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoint import large_tensors, moe_tensors, write_checkpoint
+from headrace_handover import attach
+from peers import PEERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+GIB = 1 << 30
+PIECE = 4 << 20
+HERE = Path(__file__).parent
+BEGAN = time.monotonic()
+MARGIN = GIB  # bytes of storage to leave free
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Series:
+    """Values of one quantity over the rounds."""
+
+    values: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, object] | None:
+        if not self.values:
+            return None
+        low, high = min(self.values), max(self.values)
+        rounded = [round(value, 4) for value in (low, self.median, high)]
+        return dict(zip(("min", "median", "max"), rounded, strict=True)) | {
+            "all": [round(value, 4) for value in self.values]
+        }
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+
+class Point(dict[str, Series]):
+    """One size and kind of checkpoint: series by name."""
+
+    def __init__(self, name: str, gib: float, tensors: int) -> None:
+        self.name, self.gib, self.tensors = name, gib, tensors
+        self.path = ""
+
+    def add(self, name: str, value: float) -> None:
+        self.setdefault(name, Series()).values.append(value)
+
+    def ratio(self, name: str, limit: str) -> float | None:
+        if name not in self or limit not in self:
+            return None
+        return round(self[name].median / self[limit].median, 4)
+
+    def summary(self) -> dict[str, object]:
+        series = {name: value.summary() for name, value in self.items()}
+        about = {"name": self.name, "gib": self.gib, "tensors": self.tensors, "path": self.path}
+        ratio = self.ratio("headrace", "limit")
+        return about | {"ratio_vs_limit": ratio} | series
+
+
+class HostTarget:
+    """Memory of this machine; the limit is reading the same files into fixed buffers."""
+
+    name = "host"
+    device = "host"
+    peer_device = "cpu"
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+
+    def attach_ms(self, path: Path) -> float:
+        begin = time.perf_counter()
+        attach(path, rank=0, device=self.device, timeout=60).close()
+        return (time.perf_counter() - begin) * 1000
+
+    def limit(self, directory: Path) -> float:
+        return read_rate(directory, self._threads, direct=False)
+
+    def pinned_bytes(self) -> int:
+        return 0
+
+
+class CudaTarget:
+    """One GPU."""
+
+    name = "cuda"
+    peer_device = "cuda:0"
+
+    def __init__(self, threads: int) -> None:
+        import gpu
+        from headrace_loader.cuda.driver import Device
+
+        self._threads = threads
+        self._gpu = gpu
+        self._device = Device()
+        self.device = self._device.uuid
+        self._link = gpu.Link(self._device)
+
+    def attach_ms(self, path: Path) -> float:
+        """Connect, receive the descriptors and map all regions read-only."""
+        free = self._device.free_bytes()
+        begin = time.perf_counter()
+        with attach(path, rank=0, device=self.device, timeout=60) as weights:
+            mapped = [
+                self._gpu.map_read_only(self._device, item.descriptor, item.region.nbytes)
+                for item in weights.regions
+            ]
+            elapsed = time.perf_counter() - begin
+            if (taken := free - self._device.free_bytes()) > 64 << 20:
+                raise SystemExit(f"attaching took {taken} bytes of GPU memory: must be none")
+            for allocation in mapped:
+                allocation.release()
+        return elapsed * 1000
+
+    def limit(self, directory: Path) -> float:
+        nbytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        return float(self._link.rate(nbytes))
+
+    def pinned_bytes(self) -> int:
+        from headrace_loader.cuda.lanes import pinned_bytes
+
+        return pinned_bytes(self._threads)
+
+
+def open_target(name: str | None, threads: int) -> HostTarget | CudaTarget:
+    if name == "host":
+        return HostTarget(threads)
+    try:
+        return CudaTarget(threads)
+    except Exception as error:  # noqa: BLE001 - whatever keeps this GPU from working
+        if name == "cuda":
+            raise SystemExit(f"--backend cuda: {error}; use --backend host") from None
+        say(f"no GPU here ({error}): backend host")
+        return HostTarget(threads)
+
+
+def read_rate(directory: Path, threads: int, *, direct: bool) -> float:
+    """GiB/s of `threads` threads that read all parts in order into a buffer each."""
+    import mmap
+
+    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+    files = [os.open(path, flags) for path in sorted(directory.glob("*.safetensors"))]
+    sizes = [os.fstat(file).st_size for file in files]
+    work = iter(
+        [(f, offset) for f, n in zip(files, sizes, strict=True) for offset in range(0, n, PIECE)]
+    )
+    lock = threading.Lock()
+
+    def read() -> None:
+        buffer = mmap.mmap(-1, PIECE)
+        while True:
+            with lock:
+                item = next(work, None)
+            if item is None:
+                return
+            os.preadv(item[0], [buffer], item[1])
+
+    running = [threading.Thread(target=read) for _ in range(threads)]
+    begin = time.perf_counter()
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    elapsed = time.perf_counter() - begin
+    for file in files:
+        os.close(file)
+    return sum(sizes) / GIB / elapsed
+
+
+def fio_rate(directory: Path, threads: int) -> float:
+    """GiB/s of fio's sequential O_DIRECT read of all parts, with as many reads under way."""
+    total, seconds = 0, 0.0
+    for path in sorted(directory.glob("*.safetensors")):
+        share = path.stat().st_size // threads // PIECE * PIECE or path.stat().st_size
+        command = [
+            *("fio", "--name=cold", f"--filename={path}", "--rw=read", "--direct=1", "--thread"),
+            *("--bs=4M", "--ioengine=psync", f"--numjobs={threads}", f"--size={share}"),
+            *(f"--offset_increment={share}", "--group_reporting", "--output-format=json"),
+        ]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        read = json.loads(out.stdout[out.stdout.index("{") :])["jobs"][0]["read"]
+        total += read["io_bytes"]
+        seconds += read["runtime"] / 1000
+    return total / GIB / seconds
+
+
+def drop_cache(directory: Path) -> None:
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def load_once(point: Point, prefix: str, directory: Path, target: Any, threads: int) -> None:
+    """Run the loader until its weights are resident, attach to it, end it."""
+    runtime, port = Path(tempfile.mkdtemp(prefix="headrace-bench-")), free_port()
+    command = [
+        *(sys.executable, "-m", "headrace_loader", "--checkpoint", str(directory)),
+        *("--backend", target.name, "--runtime-dir", str(runtime), "--host", "127.0.0.1"),
+        *("--port", str(port), "--read-threads", str(threads)),
+    ]
+    log = runtime / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    path = runtime / "handover" / "handover.sock"
+    try:
+        attach(path, rank=0, device=target.device, timeout=600).close()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/status", timeout=30) as answer:
+            status = json.load(answer)
+        attach_ms = target.attach_ms(path)
+    except Exception as error:
+        process.kill()
+        raise SystemExit(f"the loader failed: {error}\n{log.read_text()}") from error
+    process.send_signal(signal.SIGTERM)
+    _, _, usage = os.wait4(process.pid, 0)
+    process.returncode = 0
+    shutil.rmtree(runtime)
+    rank, timeline = status["ranks"][0], status["timeline"]
+    transfer = rank["times"]["verified"] - rank["times"]["readBegan"]
+    point.path = rank["path"] if not prefix else point.path
+    point.add(prefix + "headrace", status["totalBytes"] / GIB / transfer)
+    resident = timeline["resident"] - timeline["processStarted"]
+    point.add(prefix + "overhead_s", resident - transfer)
+    point.add(prefix + "resident_s", resident)
+    point.add(prefix + "cpu_s", usage.ru_utime + usage.ru_stime)
+    if not prefix:
+        point.add("attach_ms", attach_ms)
+
+
+class Peer:
+    """A peer's process; `missing` says why there is none."""
+
+    def __init__(self, name: str, device: str, threads: int) -> None:
+        self.name = name
+        environment = os.environ | {"BENCH_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "peers.py"), name, device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        state = self._answer()
+        self.missing, self.version = state.get("missing"), state.get("version")
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else {"missing": "it died", "error": "it died"}
+
+    def rate(self, directory: Path, nbytes: int) -> float | None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{directory}\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if "error" in answer:
+            say(f"{self.name} failed: {answer['error']}")
+            self.missing = answer["error"]
+            return None
+        return nbytes / GIB / float(answer["seconds"])
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    target: Any
+    threads: int
+    repeats: int
+    directory: Path
+    peers: list[Peer]
+    peer_gib: float
+    cold_gib: float
+
+
+@contextlib.contextmanager
+def checkpoint(plan: Plan, gib: float, kind: str) -> Iterator[tuple[Path, Point, int]]:
+    nbytes = int(gib * GIB) // 256 * 256
+    free = shutil.disk_usage(plan.directory).free
+    if free < nbytes + MARGIN:
+        raise SystemExit(f"{plan.directory}: {gib:g} GiB and a margin do not fit {free} bytes free")
+    tensors = moe_tensors(nbytes) if kind == "moe" else large_tensors(nbytes)
+    directory = plan.directory / f"{kind}-{gib:g}"
+    say(f"writing {gib:g} GiB in {len(tensors)} tensors")
+    write_checkpoint(directory, tensors)
+    try:
+        yield directory, Point(kind, gib, len(tensors)), nbytes
+    finally:
+        shutil.rmtree(directory)
+
+
+def measure(plan: Plan, gib: float, kind: str) -> Point:
+    with checkpoint(plan, gib, kind) as (directory, point, nbytes):
+        peers = plan.peers if kind == "large" and gib <= plan.peer_gib else []
+        for number in range(plan.repeats):
+            say(f"{kind} {gib:g} GiB, warm: round {number + 1} of {plan.repeats}")
+            point.add("limit", plan.target.limit(directory))
+            load_once(point, "", directory, plan.target, plan.threads)
+            for peer in peers:
+                if not peer.missing and (rate := peer.rate(directory, nbytes)):
+                    point.add(peer.name, rate)
+        if kind == "large" and gib <= plan.cold_gib:
+            cold_rounds(plan, directory, point)
+    return point
+
+
+def cold_rounds(plan: Plan, directory: Path, point: Point) -> None:
+    """Measure in changing order: disks that allow bursts favour who comes first."""
+    readers: dict[str, Callable[[], float]] = {
+        "cold_direct_read": lambda: read_rate(directory, plan.threads, direct=True)
+    }
+    if shutil.which("fio"):
+        readers["cold_fio"] = lambda: fio_rate(directory, plan.threads)
+    names = ["headrace", *readers]
+    for number in range(plan.repeats):
+        say(f"{point.gib:g} GiB, cold: round {number + 1} of {plan.repeats}")
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            drop_cache(directory)
+            if name == "headrace":
+                load_once(point, "cold_", directory, plan.target, plan.threads)
+                continue
+            try:
+                point.add(name, readers[name]())
+            except OSError as error:
+                say(f"no direct reads here: {error}")
+
+
+def hardware(target: Any) -> str:
+    text = f"{platform.machine()}, {os.cpu_count()} cores"
+    if target.name != "cuda":
+        return text
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    out = subprocess.run(query, check=True, capture_output=True, text=True, timeout=60)
+    return f"{out.stdout.strip()}, {text}"
+
+
+def headline(points: list[Point], plan: Plan) -> dict[str, object]:
+    """The one line: of the largest size measured, for each number."""
+    large = [point for point in points if point.name == "large"]
+    last = max(large, key=lambda point: point.gib)
+    cold = [point for point in large if "cold_headrace" in point]
+    rated = [(p, peer) for p in large for peer in PEERS if peer in p]
+    best_peer = ratio_vs_best = None
+    if rated:
+        size = max(point.gib for point, _ in rated)
+        point, best_peer = max(
+            (item for item in rated if item[0].gib == size),
+            key=lambda item: item[0][item[1]].median,
+        )
+        ratio_vs_best = point.ratio("headrace", best_peer)
+    on_gpu = plan.target.name == "cuda"
+    return {
+        "warm_ratio_vs_pinned": last.ratio("headrace", "limit") if on_gpu else None,
+        "warm_ratio_vs_read": None if on_gpu else last.ratio("headrace", "limit"),
+        "cold_ratio_vs_fio": cold[-1].ratio("cold_headrace", "cold_fio") if cold else None,
+        "cold_ratio_vs_direct_read": (
+            cold[-1].ratio("cold_headrace", "cold_direct_read") if cold else None
+        ),
+        "overhead_s": round(max(point["overhead_s"].median for point in large), 4),
+        "attach_ms": round(max(point["attach_ms"].median for point in large), 3),
+        "best_peer": best_peer,
+        "ratio_vs_best_peer": ratio_vs_best,
+        "path": last.path,
+        "device": plan.target.device,
+        "backend": plan.target.name,
+        "gib": [point.gib for point in large],
+        "gib_per_second": round(last["headrace"].median, 3),
+        "cpu_s": round(last["cpu_s"].median, 3),
+        "pinned_bytes": plan.target.pinned_bytes(),
+        "read_threads": plan.threads,
+    }
+
+
+def sizes(text: str) -> list[float]:
+    return [float(item) for item in text.split(",") if item]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    add("--backend", choices=("host", "cuda"), help="default: cuda where there is a GPU")
+    add("--gib", type=sizes, help="sizes; default 1,16 with a GPU, else 0.25")
+    add("--moe-gib", type=sizes, default=[], help="sizes with 46080 tensors instead of few")
+    add("--repeats", type=int, default=3, help="rounds per size")
+    add("--read-threads", type=int, default=10)
+    add("--peer-gib", type=float, default=16, help="largest size that peers load; 0: no peers")
+    add("--cold-gib", type=float, default=4, help="largest size to load from storage; 0: none")
+    add("--directory", type=Path, default=Path(".cache/bench"), help="on the storage to measure")
+    add("--output", type=Path, help="file for all numbers")
+    add("--commit", help="commit measured; default: git's HEAD")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    target = open_target(options.backend, options.read_threads)
+    gib = options.gib or ([1, 16] if target.name == "cuda" else [0.25])
+    options.directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(dir=options.directory.resolve()))
+    peers: list[Peer] = []
+    for name in PEERS if options.peer_gib > 0 else ():
+        peers.append(Peer(name, target.peer_device, options.read_threads))
+        say(f"peer {name}: {peers[-1].missing or peers[-1].version}")
+    plan = Plan(
+        target,
+        options.read_threads,
+        options.repeats,
+        directory,
+        peers,
+        options.peer_gib,
+        options.cold_gib,
+    )
+    todo = [(size, "large") for size in gib] + [(size, "moe") for size in options.moe_gib]
+    points: list[Point] = []
+    try:
+        for number, (size, kind) in enumerate(todo, 1):
+            say(f"step {number} of {len(todo)}: {size:g} GiB, {kind}")
+            points.append(measure(plan, size, kind))
+            say(json.dumps(points[-1].summary()))
+            line = headline(points, plan)
+            if options.output:  # after each point: what is measured is measured
+                options.output.write_text(report(line, points, plan, options.commit))
+    finally:
+        shutil.rmtree(directory)
+        for peer in peers:
+            peer.close()
+    print(json.dumps(line), flush=True)
+
+
+def report(line: dict[str, object], points: list[Point], plan: Plan, commit: str | None) -> str:
+    if commit is None:
+        git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+        out = subprocess.run(git, check=False, capture_output=True, text=True, timeout=60)
+        commit = out.stdout.strip() or "unknown"
+    about = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "hardware": hardware(plan.target),
+        "commit": commit,
+        "command": " ".join(["bench/loader.py", *sys.argv[1:]]),
+        "unit": "GiB/s unless the name says otherwise",
+        "peers": {peer.name: peer.version for peer in plan.peers},
+    }
+    content = about | {"result": line, "points": [point.summary() for point in points]}
+    return json.dumps(content, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    main()

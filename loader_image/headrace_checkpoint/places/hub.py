@@ -1,0 +1,110 @@
+"""A model repository of the Hugging Face Hub, pinned to one commit and read by ranges.
+
+HF_TOKEN and HF_ENDPOINT count as they do for the Hub's own tools.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    hf_raise_for_status,
+    http_backoff,
+)
+
+from headrace_checkpoint.errors import SourceForbidden, SourceNotFound, StorageError
+from headrace_checkpoint.places import RemoteFile
+
+_REQUEST_SECONDS = 60.0
+_RETRIES = 5
+_FORBIDDEN = (401, 403)
+
+
+class Repository:
+    """The files at the top of a repository, at the commit that a revision names now."""
+
+    def __init__(self, name: str, revision: str) -> None:
+        self._repository = name.strip("/")
+        self._name = f"hf://{self._repository}@{revision}"
+        with _named(self._name):
+            info = HfApi().model_info(
+                self._repository, revision=revision, files_metadata=True, timeout=_REQUEST_SECONDS
+            )
+        self.commit = info.sha or revision
+        self._sizes = {
+            file.rfilename: file.size
+            for file in info.siblings or ()
+            if "/" not in file.rfilename and file.size is not None
+        }
+
+    def __str__(self) -> str:
+        return self._name
+
+    def names(self) -> list[str]:
+        """Names of the files that are in no folder."""
+        return sorted(self._sizes)
+
+    def open(self, name: str) -> "_File":
+        """Open a file at the commit."""
+        if name not in self._sizes:
+            raise SourceNotFound(f"{self._name}/{name}: the repository has no such file")
+        url = hf_hub_url(self._repository, name, revision=self.commit)
+        return _File(f"{self._name}/{name}", self._sizes[name], url)
+
+
+class _File(RemoteFile):
+    """A file of a commit, which never changes."""
+
+    def __init__(self, name: str, size: int, url: str) -> None:
+        super().__init__(name, size)
+        self._url = url
+
+    def fetch(self, offset: int, length: int) -> bytes:
+        """Fetch a range."""
+        headers = build_hf_headers() | {"Range": f"bytes={offset}-{offset + length - 1}"}
+        with _named(self._name):
+            answer = http_backoff(
+                "GET",
+                self._url,
+                headers=headers,
+                max_retries=_RETRIES,
+                timeout=_REQUEST_SECONDS,
+                follow_redirects=True,
+            )
+            hf_raise_for_status(answer)
+            return answer.content
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Translate the client's errors; a repository that one may not see is one that is missing."""
+    try:
+        yield
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise SourceForbidden(
+            f"{name}: no such repository, or no access to it: {_first_line(error)}; correct the "
+            "source, or give HF_TOKEN in spec.sharding.env"
+        ) from None
+    except (RevisionNotFoundError, HFValidationError) as error:
+        raise SourceNotFound(f"{name}: {_first_line(error)}; correct source or revision") from None
+    except HfHubHTTPError as error:
+        if error.response.status_code in _FORBIDDEN:
+            raise SourceForbidden(
+                f"{name}: access denied; give HF_TOKEN in spec.sharding.env"
+            ) from None
+        raise StorageError(f"{name}: {_first_line(error)}") from None
+    except (HTTPError, OSError) as error:
+        raise StorageError(f"{name}: {_first_line(error) or type(error).__name__}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,43 @@
+"""The `headrace` command: the sharder's commands, and `load`, which runs or watches a loader."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from headrace_checkpoint.cli import parser as checkpoint_parser
+
+DEFAULT_URL = "http://127.0.0.1:9400"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser, commands = checkpoint_parser()
+    load = commands.add_parser(
+        "load",
+        help="run a loader, or --watch one",
+        description="Run a loader with the options of headrace-loader, or watch one that runs.",
+        usage="headrace load --checkpoint DIRECTORY --backend BACKEND [...] | --watch [URL]",
+        add_help=False,
+    )
+    load.add_argument("--watch", nargs="?", const=DEFAULT_URL, metavar="URL")
+    load.set_defaults(command=_load)
+    options, others = parser.parse_known_args(arguments)
+    if options.command is not _load and others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.others = others
+    code: int = options.command(options)
+    return code
+
+
+def _load(options: argparse.Namespace) -> int:
+    if options.watch is None:
+        from headrace_loader import __main__ as loader
+
+        return loader.main(options.others)
+    from headrace_loader import watch
+
+    return watch.main([options.watch, *options.others])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Shows a loader at work in a terminal: a bar per tensor parallel rank, then where it ended.
+
+It asks the loader's /v1/status over HTTP, so it runs wherever the port can be reached:
+beside the loader, or through `kubectl port-forward POD 9400`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from headrace_checkpoint.report import ArgumentParser
+from headrace_loader.state import Phase
+
+_POLL_SECONDS = 0.2
+_REQUEST_SECONDS = 5.0
+_MAX_BYTES = 1 << 20
+_OVER = (Phase.READY, Phase.ORPHANED, Phase.FAILED)
+
+Status = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Watch until the loader is ready (0) or failed (65), or cannot be reached in time (69)."""
+    parser = ArgumentParser(prog="headrace load --watch", description=__doc__)
+    parser.add_argument("url", type=_url, help="of the loader's status server")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds to wait for an answer (60)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        status = watch(lambda: fetch(options.url), options.timeout)
+    except TimeoutError as error:
+        print(f"{options.url}: {error}; is a loader running there?", file=sys.stderr)
+        return os.EX_UNAVAILABLE
+    print(summary(status))
+    return 0 if status["phase"] != Phase.FAILED else os.EX_DATAERR
+
+
+def watch(ask: Callable[[], Status], timeout: float) -> Status:
+    """Draw bars on standard error until the load is over; returns the last status.
+
+    `ask` returns a status document or raises OSError. Raises TimeoutError when it has not
+    answered for `timeout` seconds.
+    """
+    bars = Bars()
+    try:
+        while True:
+            status = _answer(ask, timeout)
+            bars.show(status)
+            if status["phase"] in _OVER:
+                return status
+            time.sleep(_POLL_SECONDS)
+    finally:
+        bars.close()
+
+
+class Bars:
+    """One bar per rank. On something that is no terminal tqdm draws lines now and then."""
+
+    def __init__(self) -> None:
+        self._bars: dict[int, tqdm[Any]] = {}
+
+    def show(self, status: Status) -> None:
+        """Bring the bars to what a status says."""
+        for rank in status["ranks"]:
+            number: int = rank["rank"]
+            if number not in self._bars:
+                self._bars[number] = tqdm(
+                    total=rank["totalBytes"],
+                    position=len(self._bars),
+                    desc=f"rank {number}",
+                    unit="B",
+                    unit_scale=True,
+                    unit_divisor=1024,
+                )
+            bar = self._bars[number]
+            if rank["path"]:
+                bar.set_postfix_str(f"{rank['path']} {rank['device']}", refresh=False)
+            bar.update(rank["readBytes"] - bar.n)
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        for bar in self._bars.values():
+            bar.close()
+
+
+def summary(status: Status) -> str:
+    """Return one line about the end: phase, bytes, rate, and the slowest rank."""
+    if status["phase"] == Phase.FAILED:
+        return f"Failed: {status['reason']}: {status['message']}"
+    rates = {r["rank"]: r["gibPerSecond"] for r in status["ranks"] if r["gibPerSecond"] is not None}
+    line = f"{status['phase']}: {status['message']}"
+    if rates:
+        slowest = min(rates, key=lambda rank: rates[rank])
+        line += (
+            f"; {status['totalBytes']} bytes at {status['gibPerSecond']} GiB/s, "
+            f"slowest rank {slowest} at {rates[slowest]} GiB/s"
+        )
+    return line
+
+
+def fetch(url: str) -> Status:
+    """Return the status document of a loader. Raises OSError, also for an answer that is none."""
+    with urllib.request.urlopen(f"{url}/v1/status", timeout=_REQUEST_SECONDS) as response:  # noqa: S310 - http alone, see _url
+        try:
+            status = json.loads(response.read(_MAX_BYTES))
+        except ValueError:
+            status = None
+    if not isinstance(status, dict) or "ranks" not in status:
+        raise OSError("the answer is no loader's status")
+    return status
+
+
+def _answer(ask: Callable[[], Status], timeout: float) -> Status:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return ask()
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"no status within {timeout:g} s: {error}") from None
+            time.sleep(_POLL_SECONDS)
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme != "http" or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"{text}: must be http://HOST:PORT")
+    return text.rstrip("/")

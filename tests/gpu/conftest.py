@@ -1,0 +1,75 @@
+"""What needs a real GPU: `pytest -m gpu`. Without one these tests are skipped and say why."""
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def _module(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_engine_tests = _module(HERE.parent / "engine/conftest.py", "engine_tests_conftest")
+support = _engine_tests.support
+start_loader = _engine_tests.start_loader
+make_model = _engine_tests.make_model
+make_checkpoint = _engine_tests.make_checkpoint
+
+
+def _missing() -> str | None:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "needs an NVIDIA GPU: there is no driver here (libcuda.so.1)"
+    code = driver.cuInit(0)
+    return f"needs an NVIDIA GPU: cuInit answers {code}" if code else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu() -> None:
+    """Skip where there is none."""
+    if reason := _missing():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def used_mib() -> Callable[[], int]:
+    """Memory of GPU 0 in use, as another process sees it."""
+
+    def used() -> int:
+        command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader"]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return int(out.stdout.split()[0])
+
+    return used
+
+
+@pytest.fixture
+def start_engine(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start engines: a script of this directory and its arguments; all end with the test."""
+    module = _module(HERE / "engine_process.py", "engine_process")
+    started: list[Any] = []
+
+    def start(script: str, *arguments: object, **environment: str) -> Any:
+        log = tmp_path / f"engine{len(started)}.log"
+        started.append(module.EngineProcess(log, script, *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.kill()

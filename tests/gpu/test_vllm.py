@@ -1,0 +1,97 @@
+"""A stock vLLM over weights in GPU memory: the same tokens, no copy, the same KV cache."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM"),
+]
+
+MIB = 1 << 20
+LAYERS = 4
+UTILIZATION = 0.3
+
+
+def plugin(loader: Any, tmp_path: Path) -> dict[str, str]:
+    """The environment of an engine that has the plugin from the loader."""
+    path = [f"{tmp_path}/plugin", os.environ.get("PYTHONPATH", "")]
+    return {"HEADRACE_SOCKET": str(loader.socket), "PYTHONPATH": os.pathsep.join(path)}
+
+
+def test_vllm_serves_from_the_loaders_memory(
+    make_model: Callable[..., Path],
+    make_checkpoint: Callable[..., Path],
+    start_loader: Callable[..., Any],
+    start_engine: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """One story, since starting an engine takes most of a minute."""
+    model = make_model(
+        layers=LAYERS,
+        hidden_size=2048,
+        intermediate_size=5632,
+        heads=16,
+        kv_heads=4,
+        vocab_size=32000,
+    )
+    plain = start_engine("serve.py", model, "auto", UTILIZATION)
+    blocks = plain.ready()["blocks"]
+    tokens = plain.ask()
+    assert len(set(tokens)) > 4  # a degenerate answer would prove little
+    plain.kill()
+
+    checkpoint = make_checkpoint(model)
+    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
+    loader.until_phase("Ready")
+    for part in checkpoint.glob("*.safetensors"):
+        part.unlink()  # the engine has nothing to read weights from
+    total = loader.status()["totalBytes"]
+    environment = plugin(loader, tmp_path)
+
+    engine = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
+    # What the loader holds is rounded up to pages; a block is smaller than that.
+    assert abs(engine.ready()["blocks"] - blocks) <= 0.01 * blocks
+    assert engine.ask() == tokens
+    said = engine.output()
+    # Nothing is copied but attention's four scalar scales per layer.
+    copied = sum(map(int, re.findall(r"private copies: tensors=\d+ bytes=(\d+)", said)))
+    assert copied == 16 * LAYERS
+    assert f"headrace: zero-copy: bytes={total - copied} of {total}" in said
+    ((added, peak),) = re.findall(
+        r"post-processing added (\d+) bytes.*torch allocated at most (\d+) bytes", said, re.DOTALL
+    )
+    assert int(added) < MIB
+    assert int(peak) < total // 20
+
+    engine.kill()
+    again = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
+    again.ready()
+    assert again.ask() == tokens
+    loader.kill()
+    assert again.ask() == tokens
+
+
+def test_a_method_that_writes_to_weights_fails_and_says_so(
+    make_model: Callable[..., Path],
+    make_checkpoint: Callable[..., Path],
+    start_loader: Callable[..., Any],
+    start_engine: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    checkpoint = make_checkpoint(make_model())
+    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
+    loader.until_phase("Ready")
+    environment = plugin(loader, tmp_path) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    engine = start_engine("writing.py", checkpoint, "headrace", 0.1, **environment)
+    assert engine.process.wait(200) != 0
+    assert (
+        "a quantization or kernel that changes weights in place cannot be used" in engine.output()
+    )

@@ -1,0 +1,112 @@
+"""`headrace load`: it runs a loader, watches one, and its trace can be opened."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace_loader import watch
+
+HEADRACE = [sys.executable, "-m", "headrace_loader.command"]
+
+
+def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*HEADRACE, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def url(loader: Any) -> str:
+    return f"http://127.0.0.1:{loader.port}"
+
+
+def test_a_load_is_watched_to_its_end(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
+    loader = start_loader(tmp_path / "checkpoint", "--tensor-parallel-size=2")
+    out = headrace("load", "--watch", url(loader))
+    total = loader.status()["totalBytes"]
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("Ready: weights are resident and verified; ")
+    assert f"{total} bytes at " in out.stdout
+    assert "slowest rank " in out.stdout
+    assert "rank 0: 100%" in out.stderr
+    assert "rank 1: 100%" in out.stderr
+
+
+def test_a_failed_load_is_named(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    failed = loader.until_phase("Ready") | {
+        "phase": "Failed",
+        "reason": "DigestMismatch",
+        "message": "part 0",
+    }
+    answers = iter([OSError("not yet"), failed])
+
+    def ask() -> Any:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    assert watch.summary(watch.watch(ask, 10)) == "Failed: DigestMismatch: part 0"
+
+
+def test_nobody_there() -> None:
+    out = headrace("load", "--watch", "http://127.0.0.1:9", "--timeout", "0.1")
+    assert out.returncode == os.EX_UNAVAILABLE
+    assert "http://127.0.0.1:9: no status within 0.1 s" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["load", "--watch", "localhost:9400"], "must be http://HOST:PORT"),
+        (["load", "--watch", "http://h:1", "--what"], "--what"),
+        (["load"], "--checkpoint"),
+        (["verify", "x", "--what"], "--what"),
+        (["lead"], "lead"),
+    ],
+)
+def test_usage(arguments: list[str], word: str) -> None:
+    out = headrace(*arguments)
+    assert out.returncode == os.EX_USAGE
+    assert word in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_load_without_watch_is_a_loader(tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    runtime = f"--runtime-dir={tmp_path}"
+    out = headrace("load", f"--checkpoint={missing}", "--backend=host", "--port=1", runtime)
+    assert out.returncode != 0
+    assert json.loads(out.stdout.splitlines()[-1])["event"] == "failed"
+
+
+def test_the_trace_has_every_phase_in_order(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
+    loader = start_loader(tmp_path / "checkpoint", "--tensor-parallel-size=2")
+    status = loader.until_phase("Ready")
+    trace = json.loads(loader.get("/v1/trace").text)
+    events = trace["traceEvents"]
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert rows == {0: "loader", 1: "rank 0 on host", 2: "rank 1 on host"}
+    spans = {(e["tid"], e["name"]): e for e in events if e["ph"] == "X"}
+    assert [name for row, name in spans if row == 0] == ["start", "prepare", "load"]
+    assert {name for row, name in spans if row == 1} == {"start worker", "read", "verify"}
+    assert all(event["dur"] >= 0 for event in spans.values())
+    end = spans[0, "load"]["ts"] + spans[0, "load"]["dur"]
+    assert end == pytest.approx(status["timeline"]["resident"] * 1e6)
+    assert spans[1, "read"]["args"]["totalBytes"] == status["ranks"][0]["totalBytes"]
