@@ -100,11 +100,16 @@ def qkv(kind: str, *columns: str, when: Condition | None = None) -> Tensor:
 
 
 def rows_parallel(
-    name: str, split: str, rows: str, columns: str, source: str | None = None, **where: bool
+    name: str,
+    split: str,
+    rows: str,
+    columns: str,
+    source: str | None = None,
+    sparse: bool | None = None,
 ) -> Tensor:
     """A weight whose input columns are split in units of `split`."""
     piece = Piece(f"{source or name}.weight", (rows, columns), Split(axis=1, unit=split))
-    return Tensor(f"{name}.weight", (piece,), sparse=where.get("sparse"))
+    return Tensor(f"{name}.weight", (piece,), sparse=sparse)
 
 
 def scales(attention: str) -> Rules:
@@ -123,7 +128,11 @@ def attention() -> Rules:
 
 
 def mlp(
-    target: str = MLP, source: str = MLP, inner: str = "inner", split: str = "inner", **where: bool
+    target: str = MLP,
+    source: str = MLP,
+    inner: str = "inner",
+    split: str = "inner",
+    sparse: bool | None = None,
 ) -> Rules:
     """Gate and up rows below one another, and the down projection, in units of `split`."""
     rows = Split(axis=0, unit=split)
@@ -132,10 +141,8 @@ def mlp(
         Piece(f"{source}.up_proj.weight", (inner, "hidden"), rows),
     )
     return (
-        Tensor(f"{target}.gate_up_proj.weight", gate_up, sparse=where.get("sparse")),
-        rows_parallel(
-            f"{target}.down_proj", split, "hidden", inner, f"{source}.down_proj", **where
-        ),
+        Tensor(f"{target}.gate_up_proj.weight", gate_up, sparse=sparse),
+        rows_parallel(f"{target}.down_proj", split, "hidden", inner, f"{source}.down_proj", sparse),
     )
 
 
