@@ -9,8 +9,9 @@ The request has "make": [{"family", "fields", "out"}, ...], "save": [{"model", "
 line, so that its caller can cut checkpoints from them.
 
 `save` builds each model through vLLM's own code (engine arguments, distributed state
-with one forked process per rank over gloo, model construction, weight loading, re-tying)
-and saves its state dict with vLLM's ShardedStateLoader before weights are post-processed:
+over gloo with one forked process per rank for all models of a size, model construction,
+weight loading, re-tying) and saves its state dict with vLLM's ShardedStateLoader before
+weights are post-processed:
 the CPU backend's post-processing replaces linear weights by packed ones. Only the engine
 core, which has no part in it, is left out.
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import tiny_models
 import torch
 from vllm import LLM, ModelRegistry, SamplingParams
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -40,25 +41,30 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 PROMPT = [58, 7, 19, 33]
 
 
-def save_rank(config, rank: int, size: int, rendezvous: str, out: str) -> None:
+def save_rank(jobs: list, rank: int, size: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
-    with set_current_vllm_config(config):
+    with set_current_vllm_config(jobs[0][0]):
         parallel_state.init_distributed_environment(
             size, rank, f"file://{rendezvous}", rank, backend="gloo"
         )
-        parallel_state.initialize_model_parallel(size)
-        with set_default_torch_dtype(config.model_config.dtype):
-            model = initialize_model(vllm_config=config, model_config=config.model_config)
-            DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
-            maybe_retie_word_embeddings(model, config.model_config)
-        ShardedStateLoader.save_model(model, out)
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
+    for config, out in jobs:
+        with set_current_vllm_config(config):
+            save_model(config, size, out)
+    parallel_state.destroy_distributed_environment()
 
 
-def save(job: dict) -> None:
-    Path(job["out"]).mkdir(parents=True)
-    config = EngineArgs(
+def save_model(config: VllmConfig, size: int, out: str) -> None:
+    parallel_state.initialize_model_parallel(size)
+    with set_default_torch_dtype(config.model_config.dtype):
+        model = initialize_model(vllm_config=config, model_config=config.model_config)
+        DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
+        maybe_retie_word_embeddings(model, config.model_config)
+    ShardedStateLoader.save_model(model, out)
+    parallel_state.destroy_model_parallel()
+
+
+def engine_config(job: dict) -> VllmConfig:
+    return EngineArgs(
         model=job["model"],
         tensor_parallel_size=job["tp"],
         dtype=job["dtype"],
@@ -66,21 +72,27 @@ def save(job: dict) -> None:
         enforce_eager=True,
         distributed_executor_backend="mp",
     ).create_engine_config()
+
+
+def save(jobs: list[dict], size: int) -> None:
+    """Save all models of one tensor parallel size with one set of processes."""
+    for job in jobs:
+        Path(job["out"]).mkdir(parents=True)
+    configured = [(engine_config(job), job["out"]) for job in jobs]
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as directory:
         ranks = [
             context.Process(
-                target=save_rank,
-                args=(config, rank, job["tp"], f"{directory}/rendezvous", job["out"]),
+                target=save_rank, args=(configured, rank, size, f"{directory}/rendezvous")
             )
-            for rank in range(job["tp"])
+            for rank in range(size)
         ]
         for process in ranks:
             process.start()
         for process in ranks:
             process.join()
         if any(process.exitcode for process in ranks):
-            raise SystemExit(f"vLLM failed on {job}")
+            raise SystemExit(f"vLLM failed at {size} ranks on {jobs}")
 
 
 def import_here(model: str) -> None:
@@ -115,7 +127,7 @@ if __name__ == "__main__":
     sys.stdin.readline()
     for model in {item["model"] for item in request["save"]}:
         import_here(model)
-    for item in request["save"]:
-        save(item)
+    for size in sorted({item["tp"] for item in request["save"]}):
+        save([item for item in request["save"] if item["tp"] == size], size)
     answers = [generate(item) for item in request["generate"]]
     sys.stdout.write(f"TOKENS {json.dumps(answers)}\n")
