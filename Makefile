@@ -29,6 +29,10 @@ crds: ## generate the CRD from the pydantic models
 lock: ## compile requirements/*.txt again; ARGS="--upgrade" takes newer versions
 	@$(WORKSPACE) lock $(ARGS)
 
+.PHONY: bench-sharder
+bench-sharder: ## `headrace shard` against cp on this disk; ARGS="--gib 8 --directory DIR"
+	@$(WORKSPACE) bench-sharder $(ARGS)
+
 .PHONY: cluster-up cluster-down
 cluster-up: ## bring a cluster with a real node up and print its environment
 	@$(WORKSPACE) cluster-up

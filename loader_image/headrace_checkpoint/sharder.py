@@ -1,20 +1,20 @@
 """Makes a checkpoint from a source model: plan, write, digest, publish."""
 
 import hashlib
-import os
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import cycle, groupby, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from headrace_checkpoint import digest
 from headrace_checkpoint.convert import STORAGE, Array, convert
-from headrace_checkpoint.dtypes import ITEM_BYTES
 from headrace_checkpoint.errors import CheckpointConflict, ConfigInvalid
 from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import (
@@ -31,20 +31,23 @@ from headrace_checkpoint.planner import (
     Fill,
     PartPlan,
     Plan,
+    Segment,
     Slice,
-    TargetTensor,
     plan,
     resolve_dtype,
 )
 from headrace_checkpoint.publish import Workspace, collect_leftovers, find_published
 from headrace_checkpoint.report import log
 from headrace_checkpoint.source import Source
-from headrace_checkpoint.storage import check_free_space, write_file
+from headrace_checkpoint.storage import AlignedBuffer, check_free_space, write_file
+from headrace_checkpoint.striping import check_striping, set_striping
 from headrace_checkpoint.writer import PartWriter
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Source bytes read at a time; with the writers' chunks this bounds memory."""
 
+_BLOCKS_AHEAD = 4
+_THREADS = 8  # they mostly wait for the disk, which needs several transfers under way
 _PROGRESS_SECONDS = 10.0
 
 
@@ -88,7 +91,11 @@ def shard(request: ShardRequest) -> ShardResult:
         checkpoint_plan = _plan(request, source)
         with Workspace(request.output) as workspace:
             check_free_space(workspace.path, checkpoint_plan.total_bytes)
+            part_bytes = max(part.data_bytes for part in checkpoint_plan.parts)
+            stripes = set_striping(workspace.path, part_bytes)
             manifest = _write(request, source, checkpoint_plan, workspace.path)
+            if stripes:
+                check_striping(workspace.path, [part.file for part in manifest.parts], stripes)
             source.check_unchanged()
             published = workspace.publish()
     if published:
@@ -130,14 +137,11 @@ def _check_equal(source: Source, copy: str, original: str) -> None:
     first, second = source.tensors[copy], source.tensors[original]
     same = (first.dtype, first.shape) == (second.dtype, second.shape)
     if same:
-        whole = (0, first.shape[0]), (0, int(np.prod(first.shape[1:], dtype=np.int64)))
-        item = ITEM_BYTES[first.dtype]
-        pairs = zip(
-            _read(source, Slice(copy, *whole), item),
-            _read(source, Slice(original, *whole), item),
-            strict=True,
+        one, other = AlignedBuffer(), AlignedBuffer()
+        same = all(
+            np.array_equal(source.read(copy, rows, one), source.read(original, rows, other))
+            for rows in _row_blocks((0, first.shape[0]), source.row_bytes(copy))
         )
-        same = all(a.tobytes() == b.tobytes() for a, b in pairs)
     if not same:
         raise ConfigInvalid(
             f"config.json: tie_word_embeddings: true, but {copy!r} differs from {original!r}; "
@@ -149,7 +153,7 @@ def _write(request: ShardRequest, source: Source, checkpoint_plan: Plan, path: P
     files = tuple(_copy(source, name, path) for name in source.files_to_copy())
     parts: list[Part] = []
     progress = _Progress(checkpoint_plan.total_bytes)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as executor:
+    with ThreadPoolExecutor(_THREADS) as executor:
         for number, part_plan in enumerate(checkpoint_plan.parts):
             parts += _write_part(source, part_plan, number, path, executor, progress)
             log("part-written", part=number, **progress.fields())
@@ -190,39 +194,81 @@ def _write_part(
             writer = PartWriter(path, rank, number, part_plan, digest.ALGORITHM, executor)
             stack.callback(writer.close)
             writers.append(writer)
-        for tensor in part_plan.tensors:
-            for blocks in zip_longest(*(_blocks(source, tensor, rank) for rank in ranks)):
-                for writer, block in zip(writers, blocks, strict=True):
-                    if block is not None:
-                        writer.append(block)
-                        progress.add(block.nbytes)
+        for blocks in _read_ahead(source, part_plan, executor):
+            for rank, block in blocks:
+                writers[rank].append(block)
+                progress.add(block.nbytes)
         return [writer.finish() for writer in writers]
 
 
-def _blocks(source: Source, tensor: TargetTensor, rank: int) -> Iterator[Array]:
-    """Yield a rank's tensor in memory order, in the target's element type."""
-    for segment in tensor.by_rank[rank]:
+class _Piece(NamedTuple):
+    """The next elements of a rank's tensor, few enough to be read and converted at once."""
+
+    rank: int
+    dtype: str
+    segment: Segment
+
+    @property
+    def rows(self) -> tuple[str, tuple[int, int]] | None:
+        """Which rows of which source tensor it needs."""
+        segment = self.segment
+        return None if isinstance(segment, Fill) else (segment.source, segment.rows)
+
+
+_Blocks = list[tuple[int, Array]]
+"""Elements to append, by rank; they may lie in a buffer that is used again."""
+
+
+def _read_ahead(source: Source, part_plan: PartPlan, executor: Executor) -> Iterator[_Blocks]:
+    """Yield what to append, in order, while `executor` makes the _BLOCKS_AHEAD next ones."""
+    buffers = cycle([AlignedBuffer() for _ in range(_BLOCKS_AHEAD + 1)])
+    ahead: deque[Future[_Blocks]] = deque()
+    for _, pieces in groupby(_pieces(source, part_plan), lambda piece: piece.rows):
+        ahead.append(executor.submit(_read, source, list(pieces), next(buffers)))
+        if len(ahead) > _BLOCKS_AHEAD:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+
+
+def _read(source: Source, pieces: list[_Piece], buffer: AlignedBuffer) -> _Blocks:
+    """Read the rows that the pieces have in common, once, and cut and convert them."""
+    rows: Array | None = None
+    blocks = []
+    for rank, dtype, segment in pieces:
         if isinstance(segment, Fill):
-            yield from _filled(segment, tensor.dtype)
-            continue
-        dtype = source.tensors[segment.source].dtype
-        for block in _read(source, segment, ITEM_BYTES[dtype]):
-            yield convert(block, dtype, tensor.dtype)
+            block, found = np.full(segment.elements, segment.value, STORAGE["F32"]), "F32"
+        else:
+            if rows is None:
+                rows = source.read(segment.source, segment.rows, buffer)
+            block, found = rows[:, slice(*segment.columns)], source.tensors[segment.source].dtype
+        blocks.append((rank, convert(block, found, dtype)))
+    return blocks
 
 
-def _read(source: Source, segment: Slice, item_bytes: int) -> Iterator[Array]:
-    columns = int(np.prod(source.tensors[segment.source].shape[1:], dtype=np.int64))
-    step = max(1, BLOCK_BYTES // (columns * item_bytes))
-    for begin in range(*segment.rows, step):
-        yield source.read(segment, (begin, min(begin + step, segment.rows[1])))
+def _pieces(source: Source, part_plan: PartPlan) -> Iterator[_Piece]:
+    for tensor in part_plan.tensors:
+        for row in zip_longest(*(_cut(source, segments) for segments in tensor.by_rank)):
+            for rank, segment in enumerate(row):
+                if segment is not None:
+                    yield _Piece(rank, tensor.dtype, segment)
 
 
-def _filled(segment: Fill, dtype: str) -> Iterator[Array]:
-    step = BLOCK_BYTES // ITEM_BYTES[dtype]
-    for begin in range(0, segment.elements, step):
-        count = min(step, segment.elements - begin)
-        value = np.full(count, segment.value, STORAGE["F32"])
-        yield convert(value, "F32", dtype)
+def _cut(source: Source, segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Cut a rank's segments into blocks."""
+    for segment in segments:
+        if isinstance(segment, Fill):
+            for begin in range(0, segment.elements, BLOCK_BYTES):
+                yield Fill(min(BLOCK_BYTES, segment.elements - begin), segment.value)
+        else:
+            for rows in _row_blocks(segment.rows, source.row_bytes(segment.source)):
+                yield Slice(segment.source, rows, segment.columns)
+
+
+def _row_blocks(rows: tuple[int, int], row_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for begin in range(*rows, step):
+        yield begin, min(begin + step, rows[1])
 
 
 class _Progress:

@@ -1,6 +1,7 @@
 """The source model: config.json and safetensors files of one place."""
 
 import json
+import math
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Self
@@ -9,6 +10,7 @@ import numpy as np
 
 from headrace_checkpoint.config import ModelConfig
 from headrace_checkpoint.convert import STORAGE, Array
+from headrace_checkpoint.dtypes import ITEM_BYTES
 from headrace_checkpoint.errors import (
     ConfigInvalid,
     SourceCorrupt,
@@ -16,8 +18,9 @@ from headrace_checkpoint.errors import (
     TensorMissing,
 )
 from headrace_checkpoint.places import OpenFile, Place
-from headrace_checkpoint.planner import Slice, SourceTensor
+from headrace_checkpoint.planner import SourceTensor
 from headrace_checkpoint.safetensors_format import read_header
+from headrace_checkpoint.storage import AlignedBuffer
 
 INDEX = "model.safetensors.index.json"
 _COPIED = (
@@ -49,7 +52,6 @@ class Source:
         self.config = ModelConfig.from_json(self.read_small_file("config.json"))
         self.tensors: dict[str, SourceTensor] = {}
         self._files: dict[str, OpenFile] = {}
-        self._block: tuple[tuple[str, int, int], Array] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -77,21 +79,21 @@ class Source:
                     "copy both again"
                 )
 
-    def read(self, segment: Slice, rows: tuple[int, int]) -> Array:
-        """Return `rows` of the segment's columns as a matrix of the tensor's storage type.
+    def read(self, name: str, rows: tuple[int, int], buffer: AlignedBuffer) -> Array:
+        """Read whole rows, a half-open range, as a matrix of the tensor's storage type.
 
-        The last block of rows read is kept: ranks that share rows ask in turn.
+        It lies in `buffer`.
         """
-        begin, end = rows
-        tensor = self.tensors[segment.source]
-        key = (segment.source, begin, end)
-        if self._block is None or self._block[0] != key:
-            columns = int(np.prod(tensor.shape[1:], dtype=np.int64))
-            block = np.empty((end - begin, columns), STORAGE[tensor.dtype])
-            offset = tensor.offset + begin * columns * block.itemsize
-            self._files[tensor.file].read_into(offset, block.data.cast("B"))
-            self._block = (key, block)
-        return self._block[1][:, segment.columns[0] : segment.columns[1]]
+        tensor = self.tensors[name]
+        dtype, width = STORAGE[tensor.dtype], self.row_bytes(name)
+        offset, length = tensor.offset + rows[0] * width, (rows[1] - rows[0]) * width
+        data = self._files[tensor.file].read_aligned(offset, length, buffer)
+        return np.frombuffer(data, dtype).reshape(rows[1] - rows[0], -1)
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row of a tensor seen as a matrix, as in Slice."""
+        tensor = self.tensors[name]
+        return math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]
 
     def check_unchanged(self) -> None:
         """Raise StorageError where a weight file was written since it was opened."""
@@ -146,6 +148,7 @@ class Source:
             header = read_header(file.read_at, file.size)
         except SourceCorrupt as error:
             raise SourceCorrupt(f"{path}: {error}") from None
+        file.allow_direct()
         for entry in header.tensors:
             other = self.tensors.get(entry.name)
             if other is not None:

@@ -4,7 +4,11 @@ Everything that touches either volume goes through here, so that each call's fai
 names the file, what was tried and what to do about it.
 """
 
+import ctypes
 import errno
+import fcntl
+import functools
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +25,13 @@ from headrace_checkpoint.errors import (
     StorageError,
     VolumeReadOnly,
 )
+from headrace_checkpoint.report import log
+
+DIRECT_ALIGNMENT = mmap.PAGESIZE
+"""What offset, length and address of a direct transfer are multiples of; Lustre asks for pages."""
+
+_CACHESTAT = 451  # linux/include/uapi/asm-generic/unistd.h: the number on every architecture
+_LIBC = ctypes.CDLL(None)
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -59,6 +70,49 @@ def _write_error(path: Path, error: OSError) -> CheckpointError:
     return StorageError(f"{path}: writing failed: {text}")
 
 
+class AlignedBuffer:
+    """Memory for direct transfers, to be used again: new pages cost more than what fills them."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(b"")
+
+    def view(self, length: int) -> memoryview:
+        """At least `length` bytes, aligned; views given before are of no more use."""
+        if len(self._memory) < length:
+            self._memory = memoryview(mmap.mmap(-1, _aligned(length)))
+        return self._memory[: _aligned(length)]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+
+
+def set_direct(fd: int, path: Path, direct: bool) -> None:
+    """Transfer between memory and device alone, past the page cache, or through it again.
+
+    Filling and emptying the page cache costs more processor time than all other work on
+    the same bytes. Where the file system knows no direct transfers, nothing changes.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))
+    except OSError as error:
+        _log_no_direct_transfers(path.parent, str(error))
+
+
+@functools.cache
+def _log_no_direct_transfers(directory: Path, error: str) -> None:
+    log("no-direct-transfers", "warning", directory=str(directory), error=error)
+
+
+def _in_page_cache(fd: int, offset: int, length: int) -> bool:
+    """Whether all of an aligned range is there; False where cachestat(2) is not (before 6.5)."""
+    asked = (ctypes.c_uint64 * 2)(offset, length)
+    found = (ctypes.c_uint64 * 5)()
+    answered = _LIBC.syscall(ctypes.c_long(_CACHESTAT), fd, asked, found, 0) == 0
+    return answered and found[0] * mmap.PAGESIZE >= length
+
+
 class SourceFile:
     """An open source file: regular, on the file system of its directory, unchanged while open.
 
@@ -69,6 +123,7 @@ class SourceFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._direct: int | None = None
         with reading(path):
             # A FIFO in place of a file must not block the open.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -92,15 +147,39 @@ class SourceFile:
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`."""
-        while buffer:
+    def read_into(self, offset: int, buffer: memoryview, needed: int | None = None) -> None:
+        """Fill `buffer` from `offset`, all of it or at least its first `needed` bytes."""
+        done, needed = 0, len(buffer) if needed is None else needed
+        while done < needed:
+            fd = self._descriptor(offset + done, len(buffer) - done)
             with reading(self.path):
-                count = os.preadv(self._fd, [buffer], offset)
+                count = os.preadv(fd, [buffer[done:]], offset + done)
             if count == 0:
-                raise SourceCorrupt(f"{self.path}: ends at byte {offset}; copy the file again")
-            buffer = buffer[count:]
-            offset += count
+                raise SourceCorrupt(
+                    f"{self.path}: ends at byte {offset + done}; copy the file again"
+                )
+            done += count
+
+    def read_aligned(self, offset: int, length: int, buffer: AlignedBuffer) -> memoryview:
+        """Read `length` bytes as part of an aligned transfer; returns their place in `buffer`."""
+        skipped = offset % DIRECT_ALIGNMENT
+        view = buffer.view(skipped + length)
+        self.read_into(offset - skipped, view, skipped + length)
+        return view[skipped : skipped + length]
+
+    def allow_direct(self) -> None:
+        """Read past the page cache what is not in it; buffers must be aligned from now on."""
+        direct = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
+        try:
+            self._direct = os.open(f"/proc/self/fd/{self._fd}", direct)
+        except OSError as error:
+            _log_no_direct_transfers(self.path.parent, str(error))
+
+    def _descriptor(self, offset: int, length: int) -> int:
+        unaligned = (offset | length) % DIRECT_ALIGNMENT
+        if self._direct is None or unaligned or _in_page_cache(self._fd, offset, length):
+            return self._fd
+        return self._direct
 
     def check_unchanged(self) -> None:
         """Raise StorageError where the file was written since it was opened."""
@@ -110,8 +189,10 @@ class SourceFile:
             raise StorageError(f"{self.path}: changed while it was read; keep the source unchanged")
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptors."""
         os.close(self._fd)
+        if self._direct is not None:
+            os.close(self._direct)
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +216,8 @@ def write_at(fd: int, path: Path, offset: int, data: bytes | memoryview) -> None
     """Write all of `data` at `offset`."""
     view = memoryview(data)
     while view:
+        if (offset | len(view)) % DIRECT_ALIGNMENT:
+            set_direct(fd, path, False)
         with writing(path):
             count = os.pwrite(fd, view, offset)
         view = view[count:]
@@ -175,6 +258,13 @@ def write_file(path: Path, content: bytes) -> None:
         sync(fd, path)
     finally:
         os.close(fd)
+
+
+def file_system_type(path: Path) -> int:
+    """The f_type of statfs(2), which os.statvfs leaves out; 0 where there is no answer."""
+    answer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes, f_type first
+    failed = _LIBC.statfs(os.fsencode(path), answer)
+    return 0 if failed else ctypes.c_long.from_buffer(answer).value
 
 
 def check_free_space(directory: Path, needed: int) -> None:

@@ -13,7 +13,13 @@ from headrace_checkpoint.errors import InternalError
 from headrace_checkpoint.manifest import CHUNK_BYTES, DATA_ALIGNMENT, Part
 from headrace_checkpoint.planner import PartPlan
 from headrace_checkpoint.safetensors_format import build_header
-from headrace_checkpoint.storage import create_file, sync, write_at
+from headrace_checkpoint.storage import (
+    AlignedBuffer,
+    create_file,
+    set_direct,
+    sync,
+    write_at,
+)
 
 _CHUNKS_IN_FLIGHT = 2
 
@@ -35,20 +41,21 @@ class PartWriter:
         self._digest = digester(algorithm, CHUNK_BYTES)
         self._executor = executor
         self._header = build_header(plan.entries, alignment=DATA_ALIGNMENT)
-        self._buffer = bytearray(CHUNK_BYTES)
+        self._buffer = AlignedBuffer().view(CHUNK_BYTES)
         self._filled = 0
         self._written = 0
-        self._in_flight: deque[Future[tuple[str, bytearray]]] = deque()
+        self._in_flight: deque[Future[tuple[str, memoryview]]] = deque()
         self._digests: list[str] = []
         self._fd = create_file(path)
         write_at(self._fd, path, 0, self._header)
+        set_direct(self._fd, path, True)
 
     def append(self, array: Array) -> None:
         """Write the elements of `array` in row-major order."""
-        data = np.ascontiguousarray(array).data.cast("B")
-        while data:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        while len(data):
             count = min(len(data), CHUNK_BYTES - self._filled)
-            self._buffer[self._filled : self._filled + count] = data[:count]
+            np.frombuffer(self._buffer, np.uint8)[self._filled :][:count] = data[:count]
             self._filled += count
             data = data[count:]
             if self._filled == CHUNK_BYTES:
@@ -95,14 +102,14 @@ class PartWriter:
         if len(self._in_flight) > _CHUNKS_IN_FLIGHT:
             self._buffer = self._collect()
         else:
-            self._buffer = bytearray(CHUNK_BYTES)
+            self._buffer = AlignedBuffer().view(CHUNK_BYTES)
 
-    def _collect(self) -> bytearray:
+    def _collect(self) -> memoryview:
         digest, buffer = self._in_flight.popleft().result()
         self._digests.append(digest)
         return buffer
 
-    def _store(self, buffer: bytearray, length: int, offset: int) -> tuple[str, bytearray]:
-        chunk = memoryview(buffer)[:length]
+    def _store(self, buffer: memoryview, length: int, offset: int) -> tuple[str, memoryview]:
+        chunk = buffer[:length]
         write_at(self._fd, self._path, offset, chunk)
         return self._digest(chunk), buffer

@@ -29,6 +29,12 @@ def broken_at_every_call(model, directory, fault):
     return reports
 
 
+@pytest.fixture
+def model(make_model):
+    """Has a tensor of more than a chunk, so that direct and buffered writes are met."""
+    return make_model(layers=1, tied=True, vocab_size=17000)
+
+
 def test_killed_at_every_call_then_run_again(model, tmp_path):
     reports = broken_at_every_call(model, tmp_path, "kill")
     for position, report in enumerate(reports[:-1], 1):

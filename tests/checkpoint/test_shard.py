@@ -64,7 +64,8 @@ def test_what_it_reports(model, shard, volume):
     total = read_manifest(volume / "checkpoint").total_bytes
     assert outcome.termination["totalBytes"] == total
     assert outcome.termination["seconds"] >= 0
-    assert [event["event"] for event in outcome.events] == ["planned", "part-written", "Published"]
+    events = ["planned", "striping-skipped", "part-written", "Published"]
+    assert [event["event"] for event in outcome.events] == events
     assert all({"level", "time"} <= event.keys() for event in outcome.events)
 
 

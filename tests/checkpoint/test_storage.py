@@ -5,10 +5,12 @@ no local file system fails to order.
 """
 
 import errno
+import fcntl
 import os
 import resource
 import signal
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 
@@ -120,17 +122,87 @@ def test_source_changed_while_it_is_read(model, shard, volume, monkeypatch, chan
     assert list(volume.iterdir()) == []
 
 
-def test_short_reads_and_writes_are_continued(model, shard, volume, monkeypatch):
+def evict(path):
+    """Drop a file from the page cache, so that it is read by direct transfers."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def buffered(fd, mode):
+    """A second descriptor that may transfer what is not aligned."""
+    same = os.open(f"/proc/self/fd/{fd}", mode)
+    try:
+        yield same
+    finally:
+        os.close(same)
+
+
+@pytest.mark.parametrize("limit", [69_632, 70_001], ids=["aligned", "unaligned"])
+def test_short_reads_and_writes_are_continued(model, shard, volume, monkeypatch, limit):
+    """Cut short they go on where they ended, also where direct transfers cannot."""
+    evict(model / "model.safetensors")
     preadv, pwrite = os.preadv, os.pwrite
-    monkeypatch.setattr(
-        os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:70_001]], offset)
-    )
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:70_001], offset))
+
+    def read(fd, buffers, offset):
+        if len(buffers[0]) <= limit:
+            return preadv(fd, buffers, offset)
+        with buffered(fd, os.O_RDONLY) as same:
+            return preadv(same, [buffers[0][:limit]], offset)
+
+    def write(fd, data, offset):
+        if len(data) <= limit:
+            return pwrite(fd, data, offset)
+        with buffered(fd, os.O_WRONLY) as same:
+            return pwrite(same, data[:limit], offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(os, "pwrite", write)
     assert shard(model).code == 0
     monkeypatch.undo()
     name = "model.layers.1.self_attn.o_proj.weight"
     part = read_tensors(volume / "checkpoint" / "model-rank-0-part-0.safetensors")
     assert part[name] == read_tensors(model / "model.safetensors")[name]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_source_is_read_from_where_it_is(model, shard, monkeypatch, cached):
+    """From the page cache where it is there, and past it otherwise."""
+    kernel = tuple(map(int, os.uname().release.split(".")[:2]))
+    kind = subprocess.run(["stat", "-fc%T", model], capture_output=True, text=True, check=True)
+    if kernel < (6, 5) or kind.stdout.strip() == "tmpfs":
+        pytest.skip("needs cachestat(2) and a file system on a disk")
+    evict(model / "model.safetensors")
+    if cached:
+        (model / "model.safetensors").read_bytes()
+    real, direct = os.preadv, []
+
+    def recording(fd, buffers, offset):
+        direct.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", recording)
+    assert shard(model).code == 0
+    assert direct.count(True) == 0 if cached else direct.count(True) > 20
+
+
+def test_injected_lack_of_direct_transfers(model, shard, volume, monkeypatch, headrace):
+    def refusing(real, flags):
+        def call(*arguments):
+            if arguments[flags] & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "open", refusing(os.open, 1))
+    monkeypatch.setattr(fcntl, "fcntl", refusing(fcntl.fcntl, -1))
+    outcome = shard(model, 2)
+    said = [e["directory"] for e in outcome.events if e["event"] == "no-direct-transfers"]
+    assert len(said) == 2
+    assert said[0] == str(model)
+    assert headrace("verify", volume / "checkpoint").code == 0
 
 
 def leave_behind(volume, uid, lock=True):

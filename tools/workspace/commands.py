@@ -59,9 +59,12 @@ def _module(name: str) -> Callable[[Sequence[str]], int]:
     return command
 
 
-def _bench_loader(arguments: Sequence[str]) -> int:
-    _venv()
-    return _call([ROOT / "bench" / "loader.py", *arguments])
+def _bench(name: str) -> Callable[[Sequence[str]], int]:
+    def command(arguments: Sequence[str]) -> int:
+        _venv()
+        return _call([ROOT / "bench" / f"{name}.py", *arguments])
+
+    return command
 
 
 def _call(arguments: Sequence[str | Path], timeout: float | None = None) -> int:
@@ -149,7 +152,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "lint": _lint,
     "venv": _venv,
     "images": _module("imagebuild"),
-    "bench-loader": _bench_loader,
+    "bench-loader": _bench("loader"),
+    "bench-sharder": _bench("sharder"),
     "crds": _module(CRD),
     "lock": _lock,
     "cluster-up": _cluster("up", "--node"),

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from headrace_checkpoint.errors import SourceNotFound, StorageError
-from headrace_checkpoint.storage import SourceFile, reading
+from headrace_checkpoint.storage import AlignedBuffer, SourceFile, reading
 
 _SCHEME = re.compile(r"([a-z0-9]+)://(.*)", re.DOTALL)
 
@@ -28,6 +28,12 @@ class OpenFile(Protocol):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
+
+    def allow_direct(self) -> None:
+        """Bypass the page cache from now on, where there is one; see SourceFile."""
+
+    def read_aligned(self, offset: int, length: int, buffer: AlignedBuffer) -> memoryview:
+        """Read `length` bytes; returns their place in `buffer`."""
 
     def check_unchanged(self) -> None:
         """Raise StorageError where the file was written since it was opened."""
@@ -127,6 +133,15 @@ class RemoteFile:
                 f"{self._name}: {len(data)} bytes came of {len(buffer)} at {offset}; try again"
             )
         buffer[:] = data
+
+    def allow_direct(self) -> None:
+        """Do nothing: no page cache is in between."""
+
+    def read_aligned(self, offset: int, length: int, buffer: AlignedBuffer) -> memoryview:
+        """Read `length` bytes; returns their place in `buffer`."""
+        view = buffer.view(length)[:length]
+        self.read_into(offset, view)
+        return view
 
     def check_unchanged(self) -> None:
         """Do nothing: what is read is addressed by its content or revision."""
