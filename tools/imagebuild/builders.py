@@ -44,7 +44,10 @@ class Daemon:
         source: list[str | Path] = ["--file", ROOT / image.dockerfile, ROOT]
         build = [self._program, "build", "--tag", image.reference, *source]
         run(build, timeout=BUILD_SECONDS)
-        run([self._program, "save", "--output", archive, image.reference], timeout=BUILD_SECONDS)
+        save: list[str | Path] = [self._program, "save", "--output", archive, image.reference]
+        if self._program == "podman":  # docker's archives are OCI archives anyway
+            save[2:2] = ["--format", "oci-archive"]
+        run(save, timeout=BUILD_SECONDS)
 
 
 def choose() -> Builder:
