@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import closing
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Self
@@ -106,7 +107,7 @@ class Source:
 
     def read_small_file(self, name: str) -> bytes:
         """Read a whole configuration file; raises SourceNotFound, SourceCorrupt, StorageError."""
-        with self._place.open(name) as file:
+        with closing(self._place.open(name)) as file:
             if file.size > _MAX_SMALL_FILE:
                 raise SourceCorrupt(
                     f"{self._place}/{name}: {file.size} bytes: at most {_MAX_SMALL_FILE} expected"

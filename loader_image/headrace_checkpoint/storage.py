@@ -14,8 +14,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from headrace_checkpoint.errors import (
     CheckpointError,
@@ -193,17 +191,6 @@ class SourceFile:
         os.close(self._fd)
         if self._direct is not None:
             os.close(self._direct)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def create_file(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from headrace_checkpoint.digest import digester
@@ -32,7 +32,7 @@ def verify(directory: Path) -> Manifest:
 def _opened(path: Path, size: int) -> Iterator[SourceFile]:
     """Open a file of the checkpoint; whatever is wrong with it is a DigestMismatch."""
     try:
-        with SourceFile(path) as file:
+        with closing(SourceFile(path)) as file:
             if file.size != size:
                 raise DigestMismatch(f"{path}: {file.size} bytes, the manifest says {size}")
             yield file

@@ -3,8 +3,7 @@
 import os
 import re
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from headrace_checkpoint.errors import SourceNotFound, StorageError
 from headrace_checkpoint.storage import AlignedBuffer, SourceFile, reading
@@ -40,17 +39,6 @@ class OpenFile(Protocol):
 
     def close(self) -> None:
         """Let go of it."""
-
-    def __enter__(self) -> Self:
-        """Return the file."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
 
 
 class Place(Protocol):
@@ -148,14 +136,3 @@ class RemoteFile:
 
     def close(self) -> None:
         """Do nothing: connections belong to the place."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
