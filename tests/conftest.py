@@ -4,7 +4,9 @@ In one process what is quick comes first, so that a failure shows early. Spread 
 workers the longest comes first, so that none is left for the end.
 """
 
-from pathlib import PurePosixPath
+import importlib.util
+import sys
+from pathlib import Path, PurePosixPath
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -28,6 +30,17 @@ class Scheduling(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def support():
+    """The module loader_process of the loader's tests, which those of others use too."""
+    path = Path(__file__).parent / "loader/loader_process.py"
+    spec = importlib.util.spec_from_file_location("loader_process", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def cost(item):

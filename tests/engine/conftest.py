@@ -25,12 +25,6 @@ def _module(path: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def support() -> ModuleType:
-    """The module loader_process of the loader's tests."""
-    return _module(REPOSITORY / "tests/loader/loader_process.py")
-
-
-@pytest.fixture(scope="session")
 def start_loader(
     support: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Any]]:

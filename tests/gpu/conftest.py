@@ -25,7 +25,6 @@ def _module(path: Path, name: str) -> ModuleType:
 
 
 _engine_tests = _module(HERE.parent / "engine/conftest.py", "engine_tests_conftest")
-support = _engine_tests.support
 start_loader = _engine_tests.start_loader
 make_model = _engine_tests.make_model
 make_checkpoint = _engine_tests.make_checkpoint

@@ -1,13 +1,10 @@
 """Asking loaders for their path: a real loader, and addresses where none answers."""
 
 import http.server
-import importlib.util
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,18 +18,6 @@ Serve = Callable[[bytes], tuple[int, list[str]]]
 
 def at(ip: str = "127.0.0.1", container: str = "containerd://1") -> LoaderAddress:
     return LoaderAddress("uid", container, ip)
-
-
-@pytest.fixture(scope="module")
-def support() -> ModuleType:
-    path = Path(__file__).parents[1] / "loader/loader_process.py"
-    spec = importlib.util.spec_from_file_location("loader_process", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
