@@ -19,13 +19,15 @@ lint: ## formatting, lint, types, dependency directions, generated files, chart
 bench-loader: ## measure the loader against the hardware's limits and its peers; see --help
 	@$(WORKSPACE) bench-loader $(ARGS)
 
-.PHONY: venv images crds lock
+.PHONY: venv images crds docs lock
 venv: ## make .venv from the lock file
 	@$(WORKSPACE) venv
 images: ## build the container images into the cache
 	@$(WORKSPACE) images $(ARGS)
 crds: ## generate the CRD from the pydantic models
 	@$(WORKSPACE) crds
+docs: ## the documentation as a site, into .cache/site
+	@$(WORKSPACE) docs $(ARGS)
 lock: ## compile requirements/*.txt again; ARGS="--upgrade" takes newer versions
 	@$(WORKSPACE) lock $(ARGS)
 

@@ -49,12 +49,12 @@ def _venv(_: Sequence[str] = ()) -> int:
     return 0
 
 
-def _module(name: str) -> Callable[[Sequence[str]], int]:
-    """Return a command that becomes `python -m name` in .venv."""
+def _module(name: str, *first: str) -> Callable[[Sequence[str]], int]:
+    """Return a command that becomes `python -m name`, with `first` before arguments, in .venv."""
 
     def command(arguments: Sequence[str]) -> int:
         _venv()
-        return _call(["-m", name, *arguments])
+        return _call(["-m", name, *first, *arguments])
 
     return command
 
@@ -126,6 +126,7 @@ def _lint(_: Sequence[str]) -> int:
         "types": [tools / "mypy", *PACKAGES],
         "dependency directions": [tools / "lint-imports"],
         "generated CRD": [PYTHON, "-m", CRD, "--check"],
+        "documentation": [tools / "mkdocs", "build", "--strict", "--quiet"],
         "chart": [helm, "lint", "--strict", "charts/headrace"],
     }
     steps, failed = Steps(total=len(checks)), []
@@ -155,6 +156,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench-loader": _bench("loader"),
     "bench-sharder": _bench("sharder"),
     "crds": _module(CRD),
+    "docs": _module("mkdocs", "build", "--strict"),
     "lock": _lock,
     "cluster-up": _cluster("up", "--node"),
     "cluster-down": _cluster("down"),

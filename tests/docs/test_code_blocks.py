@@ -1,0 +1,99 @@
+"""What the documentation tells people to type or apply is what the repository has."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from headrace_operator.api.spec import ModelDeploymentSpec
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCED = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^(?: {4}.*)\n)+", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: str
+    language: str
+    text: str
+
+
+def blocks() -> Iterator[Block]:
+    for path in PAGES:
+        page, text = str(path.relative_to(ROOT)), path.read_text()
+        for match in FENCED.finditer(text):
+            yield Block(page, match[2], match[3])
+        for match in INDENTED.finditer(FENCED.sub("", text)):
+            yield Block(page, "console", match[0])
+
+
+def of(*languages: str) -> list[Block]:
+    return [block for block in blocks() if block.language in languages]
+
+
+def commands(word: str) -> list[tuple[str, str]]:
+    """Every command line that starts with `word`, continued lines joined."""
+    found = []
+    for block in of("console", "bash", "sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            stripped = line.strip().removeprefix("$ ").split(" #")[0].strip()
+            if stripped.startswith(f"{word} "):
+                found.append((block.page, stripped))
+    return found
+
+
+def test_python_blocks_compile() -> None:
+    found = of("python")
+    assert found
+    for block in found:
+        ast.parse(block.text, filename=block.page)
+
+
+def test_manifests_are_valid() -> None:
+    found = [
+        (block.page, document)
+        for block in of("yaml")
+        for document in yaml.safe_load_all(block.text)
+        if isinstance(document, dict) and document.get("kind") == "ModelDeployment"
+    ]
+    assert found
+    for page, document in found:
+        try:
+            ModelDeploymentSpec.model_validate(document["spec"])
+        except ValidationError as error:
+            pytest.fail(f"{page}: {error}")
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    found = commands("make")
+    assert len(found) > 5
+    for page, line in found:
+        words = re.findall(r"(?:^|&& )make ([a-z-]+)", line)
+        assert set(words) <= targets, f"{page}: {line}"
+
+
+def test_chart_values_exist() -> None:
+    found = [(page, line) for page, line in commands("helm") if "charts/headrace" in line.split()]
+    assert found
+    values = yaml.safe_load((ROOT / "charts/headrace/values.yaml").read_text())
+    for page, line in found:
+        for key in re.findall(r"--set(?:-string)? ([\w.]+)=", line):
+            node = values
+            for part in key.split("."):
+                assert isinstance(node, dict), f"{page}: {key} is no value of the chart"
+                assert part in node, f"{page}: {key} is no value of the chart"
+                node = node[part]
+
+
+def test_files_named_in_commands_exist() -> None:
+    named = re.compile(r"(?<![\w./-])((?:charts|examples|bench|tests|infra|crds)/[\w./-]+)")
+    for page, line in [*commands("kubectl"), *commands("helm"), *commands("python3")]:
+        for path in named.findall(line):
+            assert (ROOT / path).exists(), f"{page}: {path} does not exist"
