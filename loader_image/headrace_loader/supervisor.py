@@ -71,10 +71,11 @@ News = WorkerNews | Stop
 
 @dataclass(slots=True)
 class _Load:
-    """The workers of a load that is going on, the ranks still missing, the tensors per part."""
+    """A load that is going on: its workers and those still running, missing ranks, tensors."""
 
     workers: list[WorkerProcess]
     missing: set[int]
+    running: set[int]
     began: float = field(default_factory=time.time)
     tensors: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
     oom_kills: int = field(default_factory=system.oom_kills)
@@ -193,14 +194,15 @@ class Supervisor:
             worker.load(checkpoint.sources(worker.rank))
         # Now, while weights are read: there may be tens of thousands.
         load.tensors = {rank: _tensors(checkpoint, rank) for rank in load.missing}
-        while load.missing:
+        # Engines are served from the last region on; Ready also says that no worker is left.
+        while load.running:
             news = self._news.get()
             if isinstance(news, Stop):
                 return False
             self._take(news, load, checkpoint, lease)
         with self._state.changing():
             self._state.enter(Phase.READY, "weights are resident and verified")
-            self._state.mark("resident")
+            self._state.mark("ready")
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
         return True
 
@@ -208,7 +210,7 @@ class Supervisor:
         options = self._options
         told = WorkerOptions(options.backend, options.policy, options.read_threads)
         ranks = range(options.tensor_parallel_size)
-        load = _Load([], set(ranks))
+        load = _Load([], set(ranks), set(ranks))
         for rank in ranks:
             load.workers.append(WorkerProcess(rank, told, self._news.put))
         return load
@@ -230,6 +232,7 @@ class Supervisor:
         if isinstance(news, WorkerEnded):
             if rank.rank in load.missing:
                 raise _died(news, load)
+            load.running.discard(rank.rank)
             return
         message = news.message
         if isinstance(message, Failed):
@@ -240,6 +243,7 @@ class Supervisor:
             ready = _ready(rank.rank, checkpoint, message, load.tensors[rank.rank])
             self._hold(rank, ready, message.verified_at, news.descriptors, lease)
             load.missing.discard(rank.rank)
+            load.workers[rank.rank].kill()
             return
         with self._state.changing():
             if isinstance(message, PathChosen):
@@ -263,6 +267,8 @@ class Supervisor:
         with self._state.changing():
             rank.verified_at = verified_at
             rank.offer = Offer(ready, (*descriptors, lease.descriptor))
+            if all(one.offer for one in self._state.ranks):
+                self._state.mark("resident")
 
     def _log_path(self, rank: RankState, report: PathReport) -> None:
         """Say which way the bytes take; a way worse than what was wished for is a warning."""

@@ -80,9 +80,13 @@ class WorkerProcess:
         with contextlib.suppress(OSError), self._plan:
             self._plan.write(plan)
 
+    def kill(self) -> None:
+        """Kill the worker unless it has ended; its end will be in the news."""
+        self._process.kill()
+
     def stop(self) -> None:
         """Kill the worker unless it has ended, and wait for it."""
-        self._process.kill()
+        self.kill()
         self._thread.join(_END_SECONDS)
         with contextlib.suppress(OSError):
             self._plan.close()
