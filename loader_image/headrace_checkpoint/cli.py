@@ -25,6 +25,7 @@ from headrace_checkpoint.manifest import FORMAT_VERSION
 from headrace_checkpoint.planner import DEFAULT_PART_BYTES
 from headrace_checkpoint.report import ArgumentParser, log, report_termination
 from headrace_checkpoint.sharder import ShardRequest, shard
+from headrace_checkpoint.storage import make_directories
 from headrace_checkpoint.verifier import verify
 
 _DIRECTORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -52,6 +53,8 @@ def _shard(options: argparse.Namespace) -> int:
     started = time.monotonic()
     try:
         with _interruptible():
+            if options.engine_cache_store is not None:
+                make_directories(options.engine_cache_store)
             result = shard(request)
     except CheckpointError as error:
         return _failed(error.reason, str(error), error.exit_code)
@@ -152,6 +155,11 @@ def parser() -> tuple[ArgumentParser, Commands]:
         type=_natural,
         default=DEFAULT_PART_BYTES,
         help="size at which a rank's data goes on in another file (default: %(default)s)",
+    )
+    sharding.add_argument(
+        "--engine-cache-store",
+        type=Path,
+        help="directory to create for what engines of this model compile",
     )
     verifying = commands.add_parser("verify", help="check every byte of a checkpoint")
     verifying.set_defaults(command=_verify)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from headrace_checkpoint.report import ArgumentParser, log, report_termination
 from headrace_loader.backends import BACKENDS, PathPolicy
+from headrace_loader.engine_cache import EngineCacheOptions
 from headrace_loader.errors import InternalError, LoaderError
 from headrace_loader.supervisor import Options, Supervisor
 
@@ -58,6 +60,18 @@ def _options(parsed: argparse.Namespace) -> Options:
         port=parsed.port,
         plugin_directory=parsed.plugin_dir,
         read_threads=parsed.read_threads,
+        engine_cache=_engine_cache(parsed),
+    )
+
+
+def _engine_cache(parsed: argparse.Namespace) -> EngineCacheOptions | None:
+    if parsed.engine_cache_store is None:
+        return None
+    return EngineCacheOptions(
+        local=parsed.engine_cache_dir,
+        store=parsed.engine_cache_store,
+        key=parsed.engine_cache_key,
+        engine_port=parsed.engine_port,
     )
 
 
@@ -78,7 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--plugin-dir", type=Path, help="directory to copy the engine side to")
     threads = _bounded(_MAX_READ_THREADS)
     add("--read-threads", type=threads, default=10, help="reading threads per rank")
+    cache = parser.add_argument_group(
+        "compiled code", "keep what the engine compiles for later pods (with --engine-cache-store)"
+    )
+    add = cache.add_argument
+    add("--engine-cache-store", type=Path, help="directory on the volume")
+    add("--engine-cache-dir", type=Path, default=Path("/headrace/cache"), help="engine's directory")
+    add("--engine-cache-key", type=_file_name, default="engine", help="name of model and engine")
+    add("--engine-port", type=_bounded(65535), default=8000, help="port of the engine's /health")
     return parser
+
+
+def _file_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f'{text}: use up to 100 letters, digits, ".", "_", "-"')
+    return text
 
 
 class _bounded:  # noqa: N801 - used like a function

@@ -61,6 +61,26 @@ class Attachment:
     ended: float | None = None
 
 
+class EngineCachePhase(enum.StrEnum):
+    """What became of the caches of compiled code."""
+
+    OFF = "Off"
+    MISSING = "Missing"
+    KEPT = "Kept"
+    RESTORED = "Restored"
+    PUBLISHED = "Published"
+    FAILED = "Failed"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCacheState:
+    """The latest news of the caches; `nbytes` is their size where it is known, else 0."""
+
+    phase: EngineCachePhase = EngineCachePhase.OFF
+    message: str = ""
+    nbytes: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the user asked for, as far as it shows in the status."""
@@ -87,6 +107,7 @@ class LoaderState:
     attachments: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     loads: int = 0
+    engine_cache: EngineCacheState = EngineCacheState()
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     @contextmanager

@@ -23,6 +23,11 @@ def status(state: LoaderState) -> dict[str, object]:
             "directPath": _direct_path(state),
             "ranks": [_rank(rank) for rank in state.ranks],
             "engines": [_attachment(item) for item in (*state.ended, *state.attached.values())],
+            "engineCache": {
+                "state": state.engine_cache.phase,
+                "message": state.engine_cache.message,
+                "bytes": state.engine_cache.nbytes,
+            },
             "timeline": {"processStarted": state.process_started, **state.timeline},
         }
 

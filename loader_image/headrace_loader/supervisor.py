@@ -20,6 +20,7 @@ from headrace_handover.server import HandoverServer, Offer
 from headrace_loader import system
 from headrace_loader.backends import PathPolicy, PathReport, protect
 from headrace_loader.checkpoint import Checkpoint, check_ranks, load_manifest
+from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
 from headrace_loader.errors import (
     PUBLISHED,
     InternalError,
@@ -60,6 +61,7 @@ class Options:
     port: int
     plugin_directory: Path | None
     read_threads: int
+    engine_cache: EngineCacheOptions | None = None
 
 
 class Stop:
@@ -92,6 +94,8 @@ class Supervisor:
             Settings(options.backend, options.policy, options.tensor_parallel_size),
             system.process_start_time(),
         )
+        cache = options.engine_cache
+        self._engine_cache = EngineCache(cache, self._state) if cache else None
 
     def run(self) -> None:
         """Load and hold. Raises LoaderError, having told waiting engines and the status."""
@@ -109,12 +113,16 @@ class Supervisor:
             raise
         handover.start()
         http.start()
+        if self._engine_cache:
+            self._engine_cache.start()
         try:
             self._live(lease)
         except LoaderError as error:
             self._fail(error)
             raise
         finally:
+            if self._engine_cache:
+                self._engine_cache.stop()
             handover.close()
             http.close()
             close_all(self._held)
@@ -200,6 +208,9 @@ class Supervisor:
             if isinstance(news, Stop):
                 return False
             self._take(news, load, checkpoint, lease)
+        if self._engine_cache:
+            self._engine_cache.wait()
+            self._engine_cache.watch()
         with self._state.changing():
             self._state.enter(Phase.READY, "weights are resident and verified")
             self._state.mark("ready")

@@ -29,6 +29,8 @@ def _loader(status: dict[str, Any]) -> Iterator[Event]:
         ("start", "processStarted", "manifestRead"),
         ("prepare", "manifestRead", "loadBegan"),
         ("load", "loadBegan", "resident"),
+        ("engine start", "resident", "engineReady"),
+        ("publish compiled code", "engineReady", "engineCachePublished"),
     )
     for name, begin, end in steps:
         yield from _span(_LOADER, name, timeline.get(begin), timeline.get(end))

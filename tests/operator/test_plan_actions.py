@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from headrace_operator.plan import Deletion, Observed, Scale, Settings, needs, plan
+from headrace_operator.plan.serving_pod import VERSION
 from headrace_operator.plan.volume import is_orphan
 
 STATIC = {
@@ -152,7 +153,7 @@ def test_an_operator_with_another_template_leaves_the_deployment_alone_but_scale
     assert kinds(build.plan(scaled, observed)) == []
     changed = build.resource({"engine": {"args": ["--x"]}})
     body = of_kind(build.plan(changed, observed), "Deployment")
-    assert body["metadata"]["annotations"]["headrace.dev/template-version"] == "1"
+    assert body["metadata"]["annotations"]["headrace.dev/template-version"] == str(VERSION)
 
 
 def test_a_field_with_a_default_that_is_spelled_out_changes_no_template(

@@ -161,8 +161,65 @@ _MERGED_BY_NAME: dict[str, Any] = {
 }
 
 
+KV_CACHE_DTYPES: dict[str, int] = {
+    "auto": 0,
+    "float16": 0,
+    "bfloat16": 0,
+    "fp8": 0,
+    "fp8_e4m3": 0,
+    "fp8_e5m2": 0,
+    "turboquant_k8v4": 20,
+    "turboquant_4bit_nc": 20,
+    "turboquant_k3v4_nc": 20,
+    "turboquant_3bit_nc": 20,
+    "int8_per_token_head": 20,
+    "fp8_per_token_head": 20,
+    "nvfp4": 20,
+    "int4_per_token_head": 25,
+}
+"""Values of vLLM's --kv-cache-dtype, and the minor version 0.x of vLLM that knows them first.
+
+Source: `CacheDType` in vllm/config/cache.py of the wheels 0.18 to 0.32; 0 where 0.18 knows it.
+"""
+
+
+def _option(flag: str, field: str) -> dict[str, str]:
+    """Return the rule that an option is not given as a field and as an argument."""
+    return rule(
+        f"!has(self.{field}) || !has(self.args) || "
+        f"!self.args.exists(e, e.matches('{_pattern_of(flag)}'))",
+        "spec.engine.args",
+        f"is given by spec.engine.{field} as well; remove one",
+        value=f"'{flag}'",
+        at=".args",
+    )
+
+
+def _known_since(minor: int) -> dict[str, str]:
+    """Return the rule that an image whose tag is an older version of vLLM is not asked for it."""
+    names = ", ".join(f"'{name}'" for name, since in KV_CACHE_DTYPES.items() if since == minor)
+    older = "|".join(str(number) for number in range(minor))
+    return rule(
+        f"!has(self.kvCacheDtype) || !(self.kvCacheDtype in [{names}]) || "
+        f"!self.image.matches(':v?0[.]({older})([.-]|$)')",
+        "spec.engine.kvCacheDtype",
+        f"needs vLLM 0.{minor} or newer; choose another value or a newer spec.engine.image",
+        value="self.kvCacheDtype",
+        at=".kvCacheDtype",
+    )
+
+
 class Engine(Part):
     """The inference engine: a stock image that gets the weights from the loader."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            _option("--max-model-len", "maxModelLen"),
+            _option("--max-num-seqs", "maxNumSeqs"),
+            _option("--kv-cache-dtype", "kvCacheDtype"),
+            *(_known_since(minor) for minor in sorted({*KV_CACHE_DTYPES.values()} - {0})),
+        )
+    )
 
     image: Annotated[str, Field(max_length=1024)] = Field(
         json_schema_extra=matches(
@@ -185,6 +242,16 @@ class Engine(Part):
         default_factory=list, json_schema_extra=_MERGED_BY_NAME
     )
     """Environment of the engine."""
+    max_model_len: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Context length in tokens, prompt and answer; the model's own without it."""
+    max_num_seqs: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Requests in a batch at most; vLLM's default without it."""
+    kv_cache_dtype: Literal[tuple(KV_CACHE_DTYPES)] | None = None  # type: ignore[valid-type]
+    """Type of the KV cache's values; vLLM's default without it. The turboquant_ presets hold 2 to 5
+    times as many tokens as bfloat16."""
+    compiled_code: Literal["Shared", "PerPod"] = "Shared"
+    """Shared: what the first engine compiled is kept on the volume and restored in every later pod.
+    PerPod: each pod compiles for itself."""
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
         default=8000,
         json_schema_extra=rules(

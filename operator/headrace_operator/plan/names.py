@@ -112,6 +112,18 @@ def checkpoint_path(spec: ModelDeploymentSpec) -> str:
     return f"{spec.volume.root}/{slug}/{checkpoint_key(spec)}"
 
 
+def engine_cache_path(spec: ModelDeploymentSpec) -> str:
+    """Return the directory of what engines of the model compiled, relative to the volume's root."""
+    return f"{checkpoint_path(spec).rpartition('/')[0]}/compiled"
+
+
+def engine_cache_key(spec: ModelDeploymentSpec) -> str:
+    """Return the name under which an engine finds what another one of its kind compiled."""
+    ignored = {"resources", "port", "compiled_code"}
+    engine = spec.engine.model_dump(mode="json", exclude=ignored, exclude_defaults=True)
+    return digest({"checkpoint": checkpoint_key(spec), "engine": engine}, 16)
+
+
 def job_name(owner: str, spec: ModelDeploymentSpec) -> str:
     """Return the name of the Job that makes the checkpoint of the spec."""
     return child_name(owner, f"{SHARD}-{checkpoint_key(spec)[:8]}")

@@ -13,6 +13,8 @@ from headrace_operator.plan.names import (
     SERVE,
     checkpoint_key,
     checkpoint_path,
+    engine_cache_key,
+    engine_cache_path,
     labels,
 )
 from headrace_operator.plan.objects import Object, name_of
@@ -27,7 +29,7 @@ from headrace_operator.plan.pods import (
     resources,
 )
 
-VERSION = 1
+VERSION = 2
 LOADER = "loader"
 ENGINE = "engine"
 GPU_RESOURCE = "nvidia.com/gpu"
@@ -36,6 +38,11 @@ GPU_CLAIM = "gpu"
 _RUNTIME_PATH = "/run/headrace"
 _SOCKET = f"{_RUNTIME_PATH}/handover/handover.sock"
 _PLUGIN_PATH = "/headrace/plugin"
+_CACHE = "engine-cache"
+_CACHE_PATH = "/headrace/cache"
+_CACHE_CONTENT = f"{_CACHE_PATH}/content"
+_CACHE_STORE = "engine-cache-store"
+_CACHE_STORE_PATH = "/headrace/cache-store"
 # An hour: terabytes from a slow volume, or a first compilation, must not be killed half way.
 _START_SECONDS = 3600
 _ENGINE_PROBE_SECONDS = 2
@@ -69,6 +76,7 @@ def serving_pod_template(
                 {"name": "tmp", "emptyDir": {}},
                 {"name": "loader-tmp", "emptyDir": {}},
                 {"name": "dshm", "emptyDir": {"medium": "Memory"}},
+                *_cache_volumes(spec, claim),
             ],
         },
     }
@@ -124,6 +132,7 @@ def _loader(spec: ModelDeploymentSpec, image: str) -> dict[str, Any]:
             str(LOADER_PORT),
             "--plugin-dir",
             _PLUGIN_PATH,
+            *_cache_arguments(spec),
         ],
         "env": [{"name": name, "value": value} for name, value in env.items()],
         "ports": [{"name": LOADER, "containerPort": LOADER_PORT}],
@@ -140,6 +149,7 @@ def _loader(spec: ModelDeploymentSpec, image: str) -> dict[str, Any]:
             {"name": "runtime", "mountPath": _RUNTIME_PATH},
             {"name": "plugin", "mountPath": _PLUGIN_PATH},
             {"name": "loader-tmp", "mountPath": TMP_PATH},
+            *_cache_mounts(spec, store=True),
         ],
     }
 
@@ -169,8 +179,45 @@ def _engine(owner: Object, spec: ModelDeploymentSpec) -> dict[str, Any]:
             {"name": "plugin", "mountPath": _PLUGIN_PATH, "readOnly": True},
             {"name": "tmp", "mountPath": TMP_PATH},
             {"name": "dshm", "mountPath": "/dev/shm"},  # noqa: S108  # the pod's own
+            *_cache_mounts(spec, store=False),
         ],
     }
+
+
+def _cache_volumes(spec: ModelDeploymentSpec, claim: str) -> list[dict[str, Any]]:
+    if spec.engine.compiled_code == "PerPod":
+        return []
+    return [
+        {"name": _CACHE, "emptyDir": {}},
+        # The claim once more, as the one above cannot be written to.
+        {"name": _CACHE_STORE, "persistentVolumeClaim": {"claimName": claim}},
+    ]
+
+
+def _cache_mounts(spec: ModelDeploymentSpec, *, store: bool) -> list[dict[str, Any]]:
+    """Return the mounts of compiled code; only the loader writes to the volume."""
+    if spec.engine.compiled_code == "PerPod":
+        return []
+    mounts: list[dict[str, Any]] = [{"name": _CACHE, "mountPath": _CACHE_PATH}]
+    if store:
+        path = engine_cache_path(spec)
+        mounts.append({"name": _CACHE_STORE, "mountPath": _CACHE_STORE_PATH, "subPath": path})
+    return mounts
+
+
+def _cache_arguments(spec: ModelDeploymentSpec) -> list[str]:
+    if spec.engine.compiled_code == "PerPod":
+        return []
+    return [
+        "--engine-cache-dir",
+        _CACHE_PATH,
+        "--engine-cache-store",
+        _CACHE_STORE_PATH,
+        "--engine-cache-key",
+        engine_cache_key(spec),
+        "--engine-port",
+        str(spec.engine.port),
+    ]
 
 
 def _engine_arguments(owner: Object, spec: ModelDeploymentSpec) -> list[str]:
@@ -185,6 +232,12 @@ def _engine_arguments(owner: Object, spec: ModelDeploymentSpec) -> list[str]:
     if spec.model.dtype != "auto":
         # config.json is the source's own and still names the source's type.
         arguments["--dtype"] = spec.model.dtype
+    chosen = {
+        "--max-model-len": spec.engine.max_model_len,
+        "--max-num-seqs": spec.engine.max_num_seqs,
+        "--kv-cache-dtype": spec.engine.kv_cache_dtype,
+    }
+    arguments |= {flag: str(value) for flag, value in chosen.items() if value is not None}
     return [word for pair in arguments.items() for word in pair]
 
 
@@ -198,6 +251,12 @@ def _engine_env(spec: ModelDeploymentSpec) -> list[dict[str, Any]]:
         # Everything the engine needs is on the volume.
         "HF_HUB_OFFLINE": "1",
     }
+    if spec.engine.compiled_code == "Shared":
+        own |= {
+            "VLLM_CACHE_ROOT": f"{_CACHE_CONTENT}/vllm",
+            "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE_CONTENT}/inductor",
+            "TRITON_CACHE_DIR": f"{_CACHE_CONTENT}/triton",
+        }
     return environment(own, spec.engine.env)
 
 

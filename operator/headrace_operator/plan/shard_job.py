@@ -9,6 +9,7 @@ from headrace_operator.plan.names import (
     SPEC_HASH_ANNOTATION,
     checkpoint_key,
     checkpoint_path,
+    engine_cache_path,
     identity,
     job_name,
     labels,
@@ -136,6 +137,8 @@ def _command(spec: ModelDeploymentSpec) -> list[str]:
         identity(spec)["layout"],
         "--identity",
         canonical_json(identity(spec)),
+        "--engine-cache-store",
+        f"{WEIGHTS_PATH}/{engine_cache_path(spec)}",
     ]
 
 

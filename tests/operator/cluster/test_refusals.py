@@ -28,6 +28,33 @@ RULES: list[tuple[dict[str, Any], str, list[str]]] = [
         "spec.sharding.env[0].name",
         ["HEADRACE_X", "another name"],
     ),
+    (
+        {"engine": {**ENGINE, "maxModelLen": 4096, "args": ["--max-model-len=512"]}},
+        "spec.engine.args",
+        ["--max-model-len", "spec.engine.maxModelLen", "remove one"],
+    ),
+    (
+        {"engine": {**ENGINE, "maxNumSeqs": 8, "args": ["--max_num_seqs", "16"]}},
+        "spec.engine.args",
+        ["--max-num-seqs", "spec.engine.maxNumSeqs", "remove one"],
+    ),
+    (
+        {"engine": {**ENGINE, "kvCacheDtype": "fp8", "args": ["--kv-cache-dtype=auto"]}},
+        "spec.engine.args",
+        ["--kv-cache-dtype", "spec.engine.kvCacheDtype", "remove one"],
+    ),
+    (
+        {"engine": {"image": "vllm/vllm-openai:v0.19.1", "kvCacheDtype": "turboquant_k8v4"}},
+        "spec.engine.kvCacheDtype",
+        ["turboquant_k8v4", "vLLM 0.20", "newer spec.engine.image"],
+    ),
+    (
+        {"engine": {"image": "r.io/vllm:0.24.0-cu13", "kvCacheDtype": "int4_per_token_head"}},
+        "spec.engine.kvCacheDtype",
+        ["int4_per_token_head", "vLLM 0.25"],
+    ),
+    ({"engine": {**ENGINE, "kvCacheDtype": "int2"}}, "spec.engine.kvCacheDtype", ['"int2"']),
+    ({"engine": {**ENGINE, "maxModelLen": 0}}, "spec.engine.maxModelLen", ["1"]),
     ({"model": {"source": "pvc://claim"}}, "spec.model.source", ["must name a claim"]),
     ({"model": {"source": "pvc://Claim/x"}}, "spec.model.source", ["must name a claim"]),
     ({"model": {"source": "pvc://claim//x"}}, "spec.model.source", ["must name a claim"]),

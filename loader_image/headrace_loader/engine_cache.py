@@ -1,0 +1,220 @@
+"""What an engine compiles, kept on the volume for the pods after it.
+
+Once weights are fast, an engine's start is compiling: torch.compile, Triton, Inductor. The engine
+writes its caches to a directory of the pod. When it answers requests, the loader packs that
+directory into one file on the volume, and unpacks the file before the next pod's engine starts.
+
+The file is replaced by one rename, so any number of pods may write it and readers see a whole one;
+each entry has a CRC-32. The engine itself never writes to the volume. A cache is worth nothing but
+time: what goes wrong with it is logged, shown in the status, and never fails a load.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from headrace_checkpoint.report import log
+from headrace_loader.state import EngineCachePhase, EngineCacheState, LoaderState
+
+CONTENT = "content"
+"""Directory that holds the caches, in the directory shared with the engine."""
+MAX_BYTES = 8 << 30
+"""A larger cache is neither packed nor unpacked."""
+MAX_FILES = 100_000
+
+_RESTORE_SECONDS = 60.0
+_LEFTOVER_SECONDS = 3600.0
+_POLL_SECONDS = 1.0
+_REQUEST_SECONDS = 2.0
+_Files = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCacheOptions:
+    """Where caches are.
+
+    Attributes:
+        local: directory of the pod that the engine writes to, below `CONTENT`.
+        store: directory on the volume.
+        key: name of the file in `store`, without the device and the suffix.
+        engine_port: port at which the engine answers GET /health once it has compiled.
+    """
+
+    local: Path
+    store: Path
+    key: str
+    engine_port: int
+
+
+class EngineCache:
+    """Restores the caches once, and publishes them once when the engine answers."""
+
+    def __init__(self, options: EngineCacheOptions, state: LoaderState) -> None:
+        self._options = options
+        self._state = state
+        self._content = options.local / CONTENT
+        kind = re.sub(r"[^A-Za-z0-9._-]+", "-", processors())
+        self._file = options.store / f"{options.key}-{kind}.zip"
+        self._stopped = threading.Event()
+        self._restored: _Files = {}
+        self._restoring = threading.Thread(target=self.restore, name="engine-cache", daemon=True)
+
+    def start(self) -> None:
+        """Restore in a thread, beside the reading of weights."""
+        self._restoring.start()
+
+    def wait(self) -> None:
+        """Return when the engine may start: caches are restored, or that takes too long."""
+        self._restoring.join(_RESTORE_SECONDS)
+        if self._restoring.is_alive():
+            log("engine-cache", "warning", message=f"no end after {_RESTORE_SECONDS:g} s")
+
+    def watch(self) -> None:
+        """Wait in a thread for the engine, and publish what it compiled."""
+        threading.Thread(target=self._watch, name="engine-cache-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ask the watching thread to end."""
+        self._stopped.set()
+
+    def restore(self) -> None:
+        """Unpack the volume's file, unless an engine has begun to write already."""
+        if self._content.exists():
+            self._say(EngineCachePhase.KEPT, "the pod's own caches are still there")
+            return
+        try:
+            files = self._unpack()
+        except FileNotFoundError:
+            self._say(EngineCachePhase.MISSING, f"{self._file}: nothing compiled yet")
+        except (OSError, zipfile.BadZipFile, ValueError) as error:
+            self._say(EngineCachePhase.FAILED, f"{self._file}: {error}")
+        else:
+            self._restored = files
+            self._say(EngineCachePhase.RESTORED, str(self._file), files)
+            with self._state.changing():
+                self._state.mark("engineCacheRestored")
+
+    def _watch(self) -> None:
+        url = f"http://127.0.0.1:{self._options.engine_port}/health"
+        while not _answers(url):
+            if self._stopped.wait(_POLL_SECONDS):
+                return
+        with self._state.changing():
+            self._state.mark("engineReady")
+        try:
+            self.publish()
+        except (OSError, ValueError) as error:
+            self._say(EngineCachePhase.FAILED, f"{self._file}: {error}")
+
+    def publish(self) -> None:
+        """Replace the volume's file if the engine wrote anything that was not restored.
+
+        Raises OSError, or ValueError where the caches are larger than `MAX_BYTES`.
+        """
+        files = dict(_regular_files(self._content))
+        if files == self._restored:
+            return
+        _check(len(files), sum(files.values()))
+        prefix = f".{self._file.stem}."
+        descriptor, name = tempfile.mkstemp(prefix=prefix, dir=self._options.store)
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                self._remove_leftovers(prefix, os.fstat(descriptor).st_mtime)
+                _pack(self._content, files, out)
+                out.flush()
+                os.fsync(out.fileno())
+            Path(name).replace(self._file)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        self._say(EngineCachePhase.PUBLISHED, str(self._file), files)
+        with self._state.changing():
+            self._state.mark("engineCachePublished")
+
+    def _remove_leftovers(self, prefix: str, now: float) -> None:
+        """Remove what killed pods left; `now` is of the volume's clock."""
+        for path in self._options.store.glob(f"{prefix}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if now - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                    path.unlink()
+
+    def _unpack(self) -> _Files:
+        with (
+            zipfile.ZipFile(self._file) as archive,
+            tempfile.TemporaryDirectory(prefix=".new-", dir=self._options.local) as name,
+        ):
+            entries = archive.infolist()
+            _check(len(entries), sum(entry.file_size for entry in entries))
+            fresh = Path(name) / CONTENT
+            fresh.mkdir()
+            archive.extractall(fresh)
+            with contextlib.suppress(FileExistsError):
+                fresh.rename(self._content)
+            if fresh.exists():
+                raise FileExistsError("an engine that did not wait has begun to compile")
+        return dict(_regular_files(self._content))
+
+    def _say(self, phase: EngineCachePhase, message: str, files: _Files | None = None) -> None:
+        nbytes = sum(files.values()) if files else 0
+        with self._state.changing():
+            self._state.engine_cache = EngineCacheState(phase, message, nbytes)
+        level = "warning" if phase is EngineCachePhase.FAILED else "info"
+        log("engine-cache", level, state=phase, message=message, bytes=nbytes)
+
+
+def processors(proc: Path = Path("/proc")) -> str:
+    """Return the models of GPU and processor: compiled code is for both."""
+    gpus = sorted(proc.glob("driver/nvidia/gpus/*/information"))
+    gpu = _field(gpus[0], "Model") if gpus else "no GPU"
+    return f"{gpu} {_field(proc / 'cpuinfo', 'model name')}"
+
+
+def _field(path: Path, name: str) -> str:
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return value.strip()
+    return "unknown"
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS):  # noqa: S310 - the pod's own
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _regular_files(root: Path) -> Iterator[tuple[str, int]]:
+    """Yield path below root and size of each file; links are not followed, nor are they files."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = Path(directory, name)
+            if path.is_file() and not path.is_symlink():
+                yield str(path.relative_to(root)), path.stat().st_size
+
+
+def _pack(root: Path, files: _Files, out: IO[bytes]) -> None:
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as source, archive.open(name, "w") as entry:
+                shutil.copyfileobj(source, entry, 1 << 20)
+
+
+def _check(count: int, nbytes: int) -> None:
+    if count > MAX_FILES or nbytes > MAX_BYTES:
+        raise ValueError(
+            f"{count} files of {nbytes} bytes are more than {MAX_FILES} files or {MAX_BYTES} bytes"
+        )

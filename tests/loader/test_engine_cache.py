@@ -1,0 +1,205 @@
+"""Compiled code survives the pod: packed when the engine answers, unpacked before the next one."""
+
+import http.server
+import os
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from headrace_loader import engine_cache
+from headrace_loader.backends import PathPolicy
+from headrace_loader.engine_cache import CONTENT, EngineCache, EngineCacheOptions, processors
+from headrace_loader.state import EngineCachePhase, LoaderState, Settings
+
+
+class Pod:
+    """One pod's view: its own directory, the volume shared with other pods."""
+
+    def __init__(self, root: Path, name: str, *, port: int = 1) -> None:
+        self.local = root / name
+        self.local.mkdir()
+        self.store = root / "store"
+        self.store.mkdir(exist_ok=True)
+        self.content = self.local / CONTENT
+        self.state = LoaderState(Settings("host", PathPolicy.OFF, 1), 0.0)
+        options = EngineCacheOptions(local=self.local, store=self.store, key="k", engine_port=port)
+        self.cache = EngineCache(options, self.state)
+
+    @property
+    def phase(self) -> EngineCachePhase:
+        return self.state.engine_cache.phase
+
+    def compiles(self, **files: str) -> None:
+        for name, text in files.items():
+            path = self.content / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def stored(self) -> list[str]:
+        return sorted(path.name for path in self.store.iterdir())
+
+
+@contextmanager
+def engine() -> Iterator[int]:
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_the_next_pod_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.cache.restore()
+    assert first.phase is EngineCachePhase.MISSING
+    first.compiles(**{"vllm/torch/graph": "compiled", "triton/kernel": "code"})
+    first.cache.publish()
+    assert first.phase is EngineCachePhase.PUBLISHED
+    second.cache.restore()
+    assert second.phase is EngineCachePhase.RESTORED
+    assert (second.content / "vllm/torch/graph").read_text() == "compiled"
+    assert second.state.engine_cache.nbytes == len("compiled") + len("code")
+
+
+def test_nothing_new_is_not_written_again(tmp_path: Path) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled")
+    first.cache.publish()
+    second.cache.restore()
+    (stored,) = second.store.iterdir()
+    before = stored.stat()
+    second.cache.publish()
+    assert stored.stat().st_ino == before.st_ino
+    second.compiles(more="of another configuration")
+    second.cache.publish()
+    assert stored.stat().st_ino != before.st_ino
+    assert second.stored() == [stored.name]
+
+
+def test_the_engine_that_answers_triggers_publication(tmp_path: Path) -> None:
+    with engine() as port:
+        pod = Pod(tmp_path, "pod", port=port)
+        pod.compiles(graph="compiled")
+        pod.cache.watch()
+        with pod.state.reading():
+            pass
+        for _ in range(100):
+            if pod.phase is EngineCachePhase.PUBLISHED:
+                break
+            pod.state.wait(0.1)
+    assert pod.phase is EngineCachePhase.PUBLISHED
+    assert {"engineReady", "engineCachePublished"} <= set(pod.state.timeline)
+
+
+def test_many_pods_write_and_every_reader_sees_a_whole_file(tmp_path: Path) -> None:
+    pods = [Pod(tmp_path, f"pod-{number}") for number in range(8)]
+    for number, pod in enumerate(pods):
+        pod.compiles(**{f"kernel-{n}": str(number) * 4096 for n in range(8)})
+    writers = [threading.Thread(target=pod.cache.publish) for pod in pods]
+    for writer in writers:
+        writer.start()
+    for number in range(20):
+        reader = Pod(tmp_path, f"reader-{number}")
+        reader.cache.restore()
+        assert reader.phase in (EngineCachePhase.MISSING, EngineCachePhase.RESTORED)
+    for writer in writers:
+        writer.join()
+    last = Pod(tmp_path, "last")
+    last.cache.restore()
+    assert len({path.read_text() for path in last.content.iterdir()}) == 1
+
+
+def test_what_a_killed_pod_left_is_removed_and_no_younger_file(tmp_path: Path) -> None:
+    pod = Pod(tmp_path, "pod")
+    pod.compiles(graph="compiled")
+    pod.cache.publish()
+    (name,) = pod.stored()
+    old, young = (pod.store / f".{Path(name).stem}.{end}" for end in ("old", "young"))
+    for path in (old, young):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    pod.compiles(more="compiled")
+    pod.cache.publish()
+    assert pod.stored() == sorted([name, young.name])
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
+def test_a_damaged_file_is_said_and_ignored(tmp_path: Path, damage: str) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled" * 100)
+    first.cache.publish()
+    (stored,) = first.store.iterdir()
+    data = bytearray(stored.read_bytes())
+    if damage == "flipped":
+        data[data.index(b"compiled")] ^= 1
+    stored.write_bytes(bytes(data[: {"torn": 300, "flipped": None, "empty": 0}[damage]]))
+    second.cache.restore()
+    assert second.phase is EngineCachePhase.FAILED
+    assert str(stored) in second.state.engine_cache.message
+    assert not second.content.exists()
+    assert list(second.local.iterdir()) == []
+
+
+def test_an_archive_cannot_write_outside(tmp_path: Path) -> None:
+    pod = Pod(tmp_path, "pod")
+    other = Pod(tmp_path, "other")
+    other.compiles(graph="compiled")
+    other.cache.publish()
+    (stored,) = pod.store.iterdir()
+    with zipfile.ZipFile(stored, "w") as archive:
+        archive.writestr("../../outside", "x")
+        archive.writestr("/absolute", "x")
+    pod.cache.restore()
+    inside = {str(path.relative_to(pod.content)) for path in pod.content.rglob("*")}
+    assert inside == {"outside", "absolute"}
+
+
+def test_links_are_not_packed(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("not a cache")
+    pod, other = Pod(tmp_path, "pod"), Pod(tmp_path, "other")
+    pod.compiles(graph="compiled")
+    (pod.content / "link").symlink_to(secret)
+    (pod.content / "directory").symlink_to(tmp_path)
+    pod.cache.publish()
+    other.cache.restore()
+    assert [path.name for path in other.content.rglob("*")] == ["graph"]
+
+
+def test_too_much_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cache, "MAX_BYTES", 10)
+    pod = Pod(tmp_path, "pod")
+    pod.compiles(graph="more than ten bytes")
+    with pytest.raises(ValueError, match="19 bytes are more than"):
+        pod.cache.publish()
+    assert pod.stored() == []
+
+
+def test_what_an_engine_has_begun_is_kept(tmp_path: Path) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled")
+    first.cache.publish()
+    second.compiles(graph="its own")
+    second.cache.restore()
+    assert second.phase is EngineCachePhase.KEPT
+    assert (second.content / "graph").read_text() == "its own"
+
+
+def test_processors_name_gpu_and_cpu_by_recorded_proc(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Xeon 8488C\n")
+    assert processors(tmp_path) == "no GPU Xeon 8488C"
+    information = tmp_path / "driver/nvidia/gpus/0000:01:00.0/information"
+    information.parent.mkdir(parents=True)
+    information.write_text("Model: \t\t NVIDIA H200\nIRQ: 1\n")
+    assert processors(tmp_path) == "NVIDIA H200 Xeon 8488C"
