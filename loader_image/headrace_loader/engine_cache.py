@@ -32,7 +32,7 @@ MAX_BYTES = 8 << 30
 """A larger cache is neither packed nor unpacked."""
 MAX_FILES = 100_000
 
-_RESTORE_SECONDS = 60.0
+_RESTORE_SECONDS = 30.0
 _LEFTOVER_SECONDS = 3600.0
 _POLL_SECONDS = 1.0
 _REQUEST_SECONDS = 2.0
