@@ -2,6 +2,7 @@
 
 import re
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,16 @@ def test_engine_started_only_after_the_weights_were_resident(model):
     assert resident < attached
     assert size == loader_status(pod)["totalBytes"]
     assert engine["restartCount"] == 0
+
+
+def test_what_the_engine_compiled_is_on_the_volume(site, model):
+    def cache():
+        return loader_status(serving_pod(model))["engineCache"]
+
+    wait_for("publication", lambda: cache()["state"] == "Published", timeout=30)
+    assert cache()["bytes"] > 0
+    (stored,) = site.volume.glob("headrace/*/compiled/*.zip")
+    assert stored.name == Path(cache()["message"]).name
 
 
 def test_pods_run_without_rights(model):
