@@ -1,4 +1,4 @@
-"""The loader's state as Prometheus metrics, made at each scrape."""
+"""The loader's state as Prometheus metrics, made at each scrape; docs/metrics.md explains them."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ class _StateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         with self._state.reading():
-            yield from (*_whole(self._state), *_ranks(self._state.ranks))
+            yield from (*_whole(self._state), *_steps(self._state), *_ranks(self._state.ranks))
 
 
 def _whole(state: LoaderState) -> Iterator[Metric]:
@@ -61,41 +61,84 @@ def _whole(state: LoaderState) -> Iterator[Metric]:
 
 
 def _fallbacks(state: LoaderState) -> Metric:
-    family = GaugeMetricFamily(
-        "headrace_loader_direct_path_fallback",
-        "1 for each rank that does not use GPUDirect though the policy prefers it.",
-        labels=["rank", "reason"],
+    family = CounterMetricFamily(
+        "headrace_loader_direct_path_fallbacks",
+        "Loads of a rank without GPUDirect though the policy prefers it.",
+        labels=["rank", "device", "reason"],
     )
     if state.settings.policy is PathPolicy.PREFER:
         for rank in state.ranks:
             if rank.path is not None and not rank.path.direct:
-                family.add_metric([str(rank.rank), rank.path.direct_reason], 1)
+                labels = [str(rank.rank), rank.device or "", rank.path.direct_reason]
+                family.add_metric(labels, 1)
     return family
 
 
+def _steps(state: LoaderState) -> Iterator[Metric]:
+    """Durations of what has ended; one load a process, so gauges and no histograms."""
+    whole = GaugeMetricFamily(
+        "headrace_loader_step_duration_seconds",
+        "Duration of a step of the load that has ended: start, prepare, load.",
+        labels=["step"],
+    )
+    times = {"processStarted": state.process_started, **state.timeline}
+    marks = ("processStarted", "manifestRead", "loadBegan", "resident")
+    for step, begin, end in zip(("start", "prepare", "load"), marks, marks[1:], strict=False):
+        if begin in times and end in times:
+            whole.add_metric([step], times[end] - times[begin])
+    yield whole
+    each = GaugeMetricFamily(
+        "headrace_loader_rank_step_duration_seconds",
+        "Duration of a step of a rank's load that has ended: worker, read, verify.",
+        labels=["rank", "step"],
+    )
+    for rank in state.ranks:
+        began, last = None, None
+        if rank.progress is not None:
+            began, last = rank.progress.began, rank.progress.last_byte
+        moments = (rank.worker_started, began, last, rank.verified_at)
+        for step, start, stop in zip(
+            ("worker", "read", "verify"), moments, moments[1:], strict=False
+        ):
+            if start is not None and stop is not None and rank.verified_at is not None:
+                each.add_metric([str(rank.rank), step], stop - start)
+    yield each
+
+
 def _ranks(ranks: list[RankState]) -> Iterator[Metric]:
-    total = _per_rank("total_bytes", "Bytes of weights of the rank.")
-    read = _per_rank("read_bytes", "Bytes that arrived in memory.")
-    verified = _per_rank("verified_bytes", "Bytes whose digest was right.")
-    rate = _per_rank("read_bytes_per_second", "Rate of the load, to its latest byte.")
-    resident = _per_rank("resident", "1 once the rank's weights are resident and verified.")
+    way = ["rank", "device", "path"]
+    size = _per_rank("rank_size_bytes", "Bytes of weights of the rank.")
+    resident = _per_rank("rank_resident", "1 once the rank's weights are resident and verified.")
+    verified = CounterMetricFamily(
+        "headrace_loader_verified_bytes", "Bytes whose digest was right.", labels=["rank"]
+    )
+    read = CounterMetricFamily(
+        "headrace_loader_read_bytes", "Bytes that arrived in memory.", labels=way
+    )
+    rate = GaugeMetricFamily(
+        "headrace_loader_read_bytes_per_second",
+        "Rate of the load, from its begin to its latest byte.",
+        labels=way,
+    )
     path = GaugeMetricFamily(
-        "headrace_loader_rank_path",
+        "headrace_loader_path_info",
         "1 for the way the bytes take; reason says why no better one.",
-        labels=["rank", "device", "path", "reason"],
+        labels=[*way, "reason"],
     )
     for rank in ranks:
         label = [str(rank.rank)]
-        total.add_metric(label, rank.total_bytes)
-        read.add_metric(label, rank.read_bytes)
+        size.add_metric(label, rank.total_bytes)
         verified.add_metric(label, rank.progress.verified if rank.progress else 0)
         resident.add_metric(label, float(rank.offer is not None))
+        if rank.path is None:
+            continue
+        taken = [*label, rank.device or "", rank.path.path]
+        path.add_metric([*taken, rank.path.reason], 1)
+        read.add_metric(taken, rank.read_bytes)
         if rank.bytes_per_second is not None:
-            rate.add_metric(label, rank.bytes_per_second)
-        if rank.path is not None:
-            path.add_metric([*label, rank.device or "", rank.path.path, rank.path.reason], 1)
-    yield from (total, read, verified, rate, resident, path)
+            rate.add_metric(taken, rank.bytes_per_second)
+    yield from (size, read, verified, rate, resident, path)
 
 
 def _per_rank(name: str, documentation: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"headrace_loader_rank_{name}", documentation, labels=["rank"])
+    return GaugeMetricFamily(f"headrace_loader_{name}", documentation, labels=["rank"])

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from headrace_operator.metrics import COLD_START_SECONDS
+from headrace_operator.cluster.store import Key
+from headrace_operator.metrics import COLD_START_SECONDS, POD_COLD_START_SECONDS
 from headrace_operator.plan.names import COMPONENT_LABEL, SERVE
-from headrace_operator.plan.objects import condition_of, items, parse_time, text, uid_of
+from headrace_operator.plan.objects import condition_of, items, name_of, parse_time, text, uid_of
 from headrace_operator.plan.serving_pod import LOADER
-
-_MAX_REMEMBERED = 10_000
+from headrace_operator.usage import Remembered
 
 
 def phases(pod: Mapping[str, Any]) -> dict[str, float]:
@@ -49,25 +49,28 @@ class ColdStarts:
 
     def __init__(self, since: datetime) -> None:
         self._since = since
-        self._counted: dict[str, None] = {}
+        self._counted = Remembered()
+        self._shown: dict[Key, set[str]] = {}
 
-    def note(self, pods: Iterable[Mapping[str, Any]]) -> None:
-        """Count the pods that have become ready."""
+    def note(self, key: Key, pods: Iterable[Mapping[str, Any]]) -> None:
+        """Count the pods of a ModelDeployment that have become ready, and show all that are."""
+        shown = set()
         for pod in pods:
-            ready = _since(pod, "Ready")
-            is_serving = text(pod, "metadata", "labels", COMPONENT_LABEL) == SERVE
-            if not is_serving or ready is None or ready < self._since:
+            seconds = phases(pod)
+            if text(pod, "metadata", "labels", COMPONENT_LABEL) != SERVE or not seconds:
                 continue
-            self._count(uid_of(pod), phases(pod))
-
-    def _count(self, uid: str, seconds: Mapping[str, float]) -> None:
-        if uid in self._counted or not seconds:
-            return
-        self._counted[uid] = None
-        if len(self._counted) > _MAX_REMEMBERED:
-            del self._counted[next(iter(self._counted))]
-        for phase, value in seconds.items():
-            COLD_START_SECONDS.labels(phase).observe(value)
+            shown.add(name_of(pod))
+            for phase, value in seconds.items():
+                POD_COLD_START_SECONDS.labels(*key, name_of(pod), phase).set(value)
+            ready = _since(pod, "Ready")
+            if ready is not None and ready >= self._since and self._counted.is_new(uid_of(pod)):
+                for phase, value in seconds.items():
+                    COLD_START_SECONDS.labels(*key, phase).observe(value)
+        for gone in self._shown.pop(key, set()) - shown:
+            labels = {"namespace": key.namespace, "name": key.name, "pod": gone}
+            POD_COLD_START_SECONDS.remove_by_labels(labels)
+        if shown:
+            self._shown[key] = shown
 
 
 def _since(pod: Mapping[str, Any], condition: str) -> datetime | None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from headrace_operator.cluster.api import Api, Object
 from headrace_operator.cluster.execute import Executor
-from headrace_operator.cluster.kinds import POD
+from headrace_operator.cluster.kinds import JOB, POD
 from headrace_operator.cluster.observe import Observer
 from headrace_operator.cluster.store import Key, Store
 from headrace_operator.coldstart import ColdStarts
@@ -19,11 +19,13 @@ from headrace_operator.metrics import (
     QUEUE_DEPTH,
     RECONCILE_ERRORS,
     RECONCILE_SECONDS,
-    forget_conditions,
-    report_conditions,
+    forget,
+    report_status,
 )
 from headrace_operator.plan import Settings, plan
+from headrace_operator.plan.objects import integer
 from headrace_operator.queue import WorkQueue
+from headrace_operator.usage import CheckpointJobs, Gpus
 
 WORKERS = 4
 _IDLE_SECONDS = 30.0
@@ -49,7 +51,12 @@ class Reconciler:
         QUEUE_DEPTH.set_function(self.queue.__len__)
         self._observer = Observer(self.api, self.store)
         self._executor = Executor(self.api, self.store)
-        self._cold_starts = ColdStarts(self.clock())
+        started = self.clock()
+        self._cold_starts, self._jobs, self._gpus = (
+            ColdStarts(started),
+            CheckpointJobs(started),
+            Gpus(),
+        )
 
     async def work(self, worker: int) -> None:
         """Work on keys until the queue is shut down."""
@@ -94,7 +101,8 @@ class Reconciler:
         """
         resource = self.store.resource(key)
         if resource is None:
-            forget_conditions(*key)
+            self._gpus.forget(key)
+            forget(*key)
             return None
         now = self.clock()
         observed = await self._observer.observe(resource, now)
@@ -107,9 +115,13 @@ class Reconciler:
             await self._executor.report(resource, transition, now)
         if planned.status is not None:
             await self._executor.write_status(resource, planned.status)
-            report_conditions(*key, planned.status["status"]["conditions"])
-        self._cold_starts.note(self._pods(key))
+            replicas = integer(resource, "spec", "replicas")
+            report_status(*key, replicas, planned.status["status"])
+        self._account(key, resource, now)
         return planned.requeue_seconds
 
-    def _pods(self, key: Key) -> list[Object]:
-        return list(self.store.children(POD, key))
+    def _account(self, key: Key, resource: Object, now: datetime) -> None:
+        pods = list(self.store.children(POD, key))
+        self._cold_starts.note(key, pods)
+        self._gpus.note(key, resource, pods, now)
+        self._jobs.note(key, self.store.children(JOB, key))

@@ -116,12 +116,16 @@ def test_metrics_agree_with_the_status(
     assert samples["headrace_loader_phase", ("phase", "Ready")] == 1
     assert samples["headrace_loader_phase", ("phase", "Loading")] == 0
     rank = ("rank", "0")
-    assert samples["headrace_loader_rank_verified_bytes", rank] == manifest.total_bytes
+    assert samples["headrace_loader_verified_bytes_total", rank] == manifest.total_bytes
+    (way,) = [{**dict(key[1:])} for key in samples if key[0] == "headrace_loader_read_bytes_total"]
+    assert (way["device"], way["path"] in ("O_DIRECT", "buffered")) == ("host", True)
+    steps = {dict(key[1:])["step"] for key in samples if key[0].endswith("_step_duration_seconds")}
+    assert steps == {"start", "prepare", "load", "worker", "read", "verify"}
     assert samples["headrace_loader_rank_resident", rank] == 1
     assert samples["headrace_loader_attached_engines",] == 1
     assert samples["headrace_loader_attachments_total",] == 1
-    fallback = ("headrace_loader_direct_path_fallback", rank, ("reason", "HostBackend"))
-    assert samples[fallback[0], *sorted(fallback[1:])] == 1
+    labels = (("device", "host"), rank, ("reason", "HostBackend"))
+    assert samples["headrace_loader_direct_path_fallbacks_total", *labels] == 1
 
 
 def test_prefer_falls_back_loudly_and_off_is_silent(
@@ -137,8 +141,8 @@ def test_prefer_falls_back_loudly_and_off_is_silent(
     (event,) = [event for event in off.events() if event["event"] == "path"]
     assert "gpuDirect" not in event
     assert status["directPath"]["reason"] == "PolicyOff"
-    assert "direct_path_fallback{" in prefer.get("/metrics").text
-    assert "direct_path_fallback{" not in off.get("/metrics").text
+    assert "direct_path_fallbacks_total{" in prefer.get("/metrics").text
+    assert "direct_path_fallbacks_total{" not in off.get("/metrics").text
 
 
 def test_with_a_mocked_refusal_of_direct_io_reading_is_buffered_and_said_so(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
+from headrace_operator.cluster.store import Key
 from headrace_operator.coldstart import ColdStarts, phases
 from headrace_operator.errors import SettingsInvalid
 from headrace_operator.health import STALE_SECONDS, Health
@@ -111,6 +112,10 @@ def test_health_names_stale_loops_and_broken_parts() -> None:
     assert health.problems() == []
 
 
+KEY = Key("ns", "tiny")
+OWNER = {"namespace": "ns", "name": "tiny"}
+
+
 def ready_pod(uid: str = "uid", **changes: str) -> dict[str, Any]:
     times = {
         "PodScheduled": "2026-11-24T12:00:02Z",
@@ -146,16 +151,16 @@ def test_the_phases_of_a_cold_start() -> None:
 
 def test_every_cold_start_counts_once_and_old_ones_not_at_all() -> None:
     def count() -> float:
-        name = "headrace_cold_start_phase_seconds_count"
-        return REGISTRY.get_sample_value(name, {"phase": "total"}) or 0.0
+        name = "headrace_cold_start_phase_duration_seconds_count"
+        return REGISTRY.get_sample_value(name, {**OWNER, "phase": "total"}) or 0.0
 
     before = count()
     starts = ColdStarts(datetime(2026, 11, 24, 12, 0, tzinfo=UTC))
     for _ in range(2):
-        starts.note([ready_pod("a"), ready_pod("b")])
+        starts.note(KEY, [ready_pod("a"), ready_pod("b")])
     assert count() == before + 2
     later = ColdStarts(datetime(2026, 11, 24, 12, 1, 1, tzinfo=UTC))
-    later.note([ready_pod("ready before the operator started")])
+    later.note(KEY, [ready_pod("ready before the operator started")])
     assert count() == before + 2
 
 
