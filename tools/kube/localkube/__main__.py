@@ -161,7 +161,7 @@ def _install_packages(_: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    everything = [name for module in MODULES for name in module.commands]
+    everything = [name for one in MODULES if not one.optional for name in one.commands]
     wanted = options.binaries or binaries.CONTROL_PLANE
     paths = binaries.ensure(everything if options.all else wanted)
     for name, path in paths.items():

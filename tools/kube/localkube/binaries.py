@@ -88,7 +88,7 @@ def _go_build(module: Module, binaries: list[str], output: Path, step: str) -> N
         **os.environ,
         "CGO_ENABLED": "0",
         "GOTOOLCHAIN": "local",
-        "GOFLAGS": "-mod=readonly -buildvcs=false",
+        "GOFLAGS": f"-mod=readonly -buildvcs=false -tags={','.join(module.tags)}",
         "GOWORK": "off",
     }
     packages = [module.commands[name] for name in binaries]

@@ -28,12 +28,16 @@ class Module:
 
     `commands` maps a binary's name to its Go package. `pin` is the required module whose
     version is stamped into `stamps`: linker variables, with {version}, {major} and {minor}.
+    `tags` are Go's build tags. What is `optional` takes minutes and is needed by few: `build --all`
+    leaves it out.
     """
 
     name: str
     commands: Mapping[str, str]
     pin: str = ""
     stamps: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    optional: bool = False
 
     @property
     def directory(self) -> Path:
@@ -56,7 +60,9 @@ class Module:
     @property
     def cache_directory(self) -> Path:
         """Where the built binaries lie: named by everything that decides their content."""
-        digest = hashlib.sha256(f"{platform.machine()} {self.linker_flags}".encode())
+        digest = hashlib.sha256(
+            " ".join([platform.machine(), self.linker_flags, *self.tags]).encode()
+        )
         for source in sorted(self.directory.iterdir()):
             digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
         return cache_root() / "kube" / f"{self.name}-{digest.hexdigest()[:16]}"
@@ -119,6 +125,14 @@ MODULES = (
         stamps=("helm.sh/helm/v4/internal/version.version={version}",),
     ),
     Module("versitygw", {"versitygw": "github.com/versity/versitygw/cmd/versitygw"}),
+    Module(
+        "prometheus",
+        _commands("github.com/prometheus/prometheus/cmd", ("prometheus", "promtool")),
+        pin="github.com/prometheus/prometheus",
+        stamps=("github.com/prometheus/common/version.Version={version}",),
+        tags=("remove_all_sd", "enable_kubernetes_sd"),
+        optional=True,
+    ),
 )
 
 
