@@ -53,7 +53,7 @@ async def _serve(settings: ProcessSettings, connection: Connection) -> None:
     store, health = Store(WATCHED), Health()
     reconciler = Reconciler(connection.api, store, Settings(settings.loader_image), health)
     queue = reconciler.queue
-    resync = Resync(connection.api, store, queue, health, settings.namespace)
+    resync = Resync(connection.api, store, queue, health, settings.namespaces)
     # Before any work: a child that has not been seen yet would look like a missing one.
     await resync.list_all()
     _serve_metrics(settings.metrics_port)
@@ -65,12 +65,12 @@ async def _serve(settings: ProcessSettings, connection: Connection) -> None:
             store,
             queue,
             health,
-            namespace=settings.namespace,
+            namespaces=settings.namespaces,
             liveness_port=settings.liveness_port,
         ),
         name="watch",
     )
-    _logger.info("serving %s", settings.namespace or "all namespaces")
+    _logger.info("serving %s", ", ".join(settings.namespaces) or "all namespaces")
     tasks = [watching, resyncing, *workers]
     try:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -30,7 +30,7 @@ async def watch(
     queue: WorkQueue[Key],
     health: Health,
     *,
-    namespace: str | None,
+    namespaces: tuple[str, ...],
     liveness_port: int,
 ) -> None:
     """Watch until SIGTERM or SIGINT, or until a watch fails for good, which raises."""
@@ -39,8 +39,8 @@ async def watch(
         settings=_settings(),
         standalone=True,
         liveness_endpoint=f"http://0.0.0.0:{liveness_port}/healthz",
-        clusterwide=namespace is None,
-        namespaces=[namespace] if namespace is not None else [],
+        clusterwide=not namespaces,
+        namespaces=namespaces,
     )
 
 

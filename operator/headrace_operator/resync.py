@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from headrace_operator.cluster.api import Api, Object
+from headrace_operator.cluster.api import Api, Listing, Object
 from headrace_operator.cluster.execute import Executor
 from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, VOLUME, WATCHED, Kind
 from headrace_operator.cluster.store import Key, Store
@@ -35,13 +35,13 @@ class Resync:
         store: Store,
         queue: WorkQueue[Key],
         health: Health,
-        namespace: str | None,
+        namespaces: tuple[str, ...] = (),
     ) -> None:
         self._api = api
         self._store = store
         self._queue = queue
         self._health = health
-        self._namespace = namespace
+        self._namespaces = namespaces
         self._executor = Executor(api, store)
 
     async def run(self) -> None:
@@ -70,11 +70,19 @@ class Resync:
     async def _list(self, kind: Kind) -> None:
         selector = "" if kind is MODEL_DEPLOYMENT else CHILD_SELECTOR
         try:
-            listing = await self._api.list(kind, self._namespace, label_selector=selector)
+            listings = [
+                await self._api.list(kind, namespace, label_selector=selector)
+                for namespace in self._namespaces or (None,)
+            ]
         except KindNotServed:
             if kind is MODEL_DEPLOYMENT:
                 raise
             return  # resource.k8s.io needs Kubernetes 1.34; without it there are none
+        # Of several listings the earliest decides what is gone: the others saw more.
+        listing = Listing(
+            [body for one in listings for body in one.objects],
+            min(one.resource_version for one in listings),
+        )
         for key in self._store.replace(kind, listing):
             self._queue.add(key)
 
@@ -88,8 +96,8 @@ class Resync:
     async def _collect_volumes(self) -> None:
         """Delete the static volumes of ModelDeployments that are gone or changed their volume."""
         selector = f"{MANAGED_BY_LABEL}={MANAGED_BY}"
-        if self._namespace is not None:
-            selector += f",{NAMESPACE_LABEL}={self._namespace}"
+        if self._namespaces:
+            selector += f",{NAMESPACE_LABEL} in ({','.join(self._namespaces)})"
         try:
             listing = await self._api.list(VOLUME, label_selector=selector)
         except Forbidden:

@@ -1,12 +1,14 @@
 """Settings of the operator process, read from the environment."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headrace_operator.errors import SettingsInvalid
 
 _MAX_PORT = 65535
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +17,8 @@ class ProcessSettings:
 
     loader_image: str
     """HEADRACE_LOADER_IMAGE: image of loader and sharder; required."""
-    namespace: str | None
-    """HEADRACE_WATCH_NAMESPACE: the one namespace to serve; all without it."""
+    namespaces: tuple[str, ...]
+    """HEADRACE_WATCH_NAMESPACES: the namespaces to serve, with commas between; all without it."""
     metrics_port: int
     """HEADRACE_METRICS_PORT: port of the Prometheus metrics, 9402."""
     liveness_port: int
@@ -37,10 +39,21 @@ class ProcessSettings:
             )
         return cls(
             loader_image=image,
-            namespace=environment.get("HEADRACE_WATCH_NAMESPACE", "").strip() or None,
+            namespaces=_namespaces(environment, "HEADRACE_WATCH_NAMESPACES"),
             metrics_port=_port(environment, "HEADRACE_METRICS_PORT", 9402),
             liveness_port=_port(environment, "HEADRACE_LIVENESS_PORT", 8080),
         )
+
+
+def _namespaces(environment: Mapping[str, str], variable: str) -> tuple[str, ...]:
+    names = [word.strip() for word in environment.get(variable, "").split(",")]
+    wrong = next((name for name in names if name and not _NAMESPACE.fullmatch(name)), None)
+    if wrong is not None:
+        raise SettingsInvalid(
+            f'{variable}: "{wrong}": must be a namespace; give names of lower case letters, digits '
+            'and "-", with commas between'
+        )
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
 def _port(environment: Mapping[str, str], variable: str, default: int) -> int:

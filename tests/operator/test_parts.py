@@ -24,7 +24,12 @@ from headrace_operator.settings import ProcessSettings
 
 def test_settings_have_defaults() -> None:
     settings = ProcessSettings.from_environment({"HEADRACE_LOADER_IMAGE": "loader:1"})
-    assert settings == ProcessSettings("loader:1", None, 9402, 8080)
+    assert settings == ProcessSettings("loader:1", (), 9402, 8080)
+
+
+def test_namespaces_are_listed() -> None:
+    environment = {"HEADRACE_LOADER_IMAGE": "x", "HEADRACE_WATCH_NAMESPACES": " b, a,b, "}
+    assert ProcessSettings.from_environment(environment).namespaces == ("b", "a")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,7 @@ def test_settings_have_defaults() -> None:
         ("HEADRACE_METRICS_PORT", "65536", "1 to 65535"),
         ("HEADRACE_LIVENESS_PORT", "http", '"http"'),
         ("HEADRACE_LIVENESS_PORT", "²", "1 to 65535"),
+        ("HEADRACE_WATCH_NAMESPACES", "a,Team_B", '"Team_B"'),
     ],
 )
 def test_wrong_settings_are_named(variable: str, value: str, fragment: str) -> None:

@@ -96,7 +96,7 @@ def outputs() -> dict[Path, str]:
     text = _HEADER + yaml.dump(crd, Dumper=dumper, sort_keys=False, width=100)
     return {
         Path("crds", f"{NAME}.yaml"): text,
-        Path("charts/headrace/crds", f"{NAME}.yaml"): text,
+        Path("charts/headrace/files/crds", f"{NAME}.yaml"): text,
         Path("docs/modeldeployment.md"): reference(crd),
     }
 

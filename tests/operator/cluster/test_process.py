@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 import signal
 import threading
 import time
@@ -184,6 +185,10 @@ def test_it_is_alive_and_has_metrics(operator: Any, world: Any) -> None:
     assert f"headrace_modeldeployment_condition{{{labels}}} 0.0" in text
     assert 'headrace_operator_api_requests_total{method="PATCH",status="200"}' in text
     assert "headrace_operator_reconcile_duration_seconds_count" in text
+    assert (
+        f'headrace_modeldeployment_replicas{{name="tiny",namespace="{world.namespace}"}} 1.0'
+        in text
+    )
     world.kube.delete(MODEL_DEPLOYMENT, "tiny", world.namespace)
     time.sleep(1)
     assert labels not in operator.text(operator.metrics_port, "/metrics")[1]
@@ -209,7 +214,7 @@ async def test_a_sick_operator_fails_its_liveness_probe(
     async with connect() as connection:
         task = asyncio.create_task(
             watch(
-                connection, Store(WATCHED), WorkQueue(), health, namespace=None, liveness_port=port
+                connection, Store(WATCHED), WorkQueue(), health, namespaces=(), liveness_port=port
             )
         )
         try:
@@ -235,7 +240,7 @@ async def test_a_watch_that_delivers_nothing_is_noticed(
     world.wait_condition("Ready", "False", "ClaimNotFound")
     health, store = Health(), Store(WATCHED)
     async with connect() as connection:
-        resync = Resync(connection.api, store, WorkQueue(), health, None)
+        resync = Resync(connection.api, store, WorkQueue(), health)
         await resync.cycle()
         assert health.problems() == []
         await resync.cycle()
@@ -277,10 +282,18 @@ def test_without_settings_or_credentials_it_says_so_and_ends(tmp_path: Path) -> 
         assert "Traceback" not in done.stderr
 
 
-def test_with_a_role_in_one_namespace_it_serves_that_namespace_alone(
-    operator_process: Any, cluster: Any, world: Any, kube: Any, kubelet: Any, tmp_path: Path
+def forbidden(audit_log: Path) -> list[str]:
+    """What the operator asked for and was refused, as the API server has it."""
+    events = map(json.loads, audit_log.read_text().splitlines())
+    decision = "authorization.k8s.io/decision"
+    refused = (e for e in events if e.get("annotations", {}).get(decision) == "forbid")
+    return [f"{event['verb']} {event['requestURI']}" for event in refused]
+
+
+def test_with_a_role_in_two_namespaces_it_serves_those_alone(
+    operator_process: Any, cluster: Any, world: Any, kube: Any, kubelet: Any, audit_log: Path
 ) -> None:
-    """The chart's watchNamespace, and no permission outside but for volumes and nodes."""
+    """The chart's watchNamespaces, and no permission outside but for volumes and nodes."""
     from headrace_operator.cluster.kinds import Kind
 
     if operator_process.process is not None:
@@ -290,29 +303,35 @@ def test_with_a_role_in_one_namespace_it_serves_that_namespace_alone(
     )
     role = kube.get(cluster_roles, "headrace")
     kube.delete(cluster_roles, "headrace")
+    second = copy.copy(world)
+    second.namespace = f"{world.namespace}-b"
+    cluster.kubectl("create", "namespace", second.namespace)
+    refused = forbidden(audit_log)
     try:
         chart = Path(__file__).parents[3] / "charts/headrace"
+        served = f"{world.namespace},{second.namespace}"
         manifest = cluster.run(
             [
                 *(cluster.bin("helm"), "template", "headrace", chart, "-n", "headrace-system"),
-                *("--set", f"watchNamespace={world.namespace}"),
-                "--show-only=templates/rbac.yaml",
+                *("--set", f"watchNamespaces={{{served}}}", "--show-only=templates/rbac.yaml"),
             ]
         )
         cluster.kubectl("apply", "-f", "-", stdin=manifest)
-        operator_process.environment = {"HEADRACE_WATCH_NAMESPACE": world.namespace}
+        operator_process.environment = {"HEADRACE_WATCH_NAMESPACES": served}
         operator_process.start()
         other = copy.copy(world)
         other.namespace = "default"
         other.create("elsewhere")
+        second.create("second")
         world.add_claims("weights")
         with KubeletThread(world, kubelet):
             world.create()
             world.wait_condition("Ready", "True", "Serving")
+        second.wait_condition("Ready", "False", "ClaimNotFound", name="second")
         assert "status" not in other.resource("elsewhere")
         kube.delete(MODEL_DEPLOYMENT, "elsewhere", "default")
         assert kube.list(VOLUME)
-        assert " is forbidden" not in operator_process.log.read_text()
+        assert forbidden(audit_log) == refused
     finally:
         operator_process.stop()
         operator_process.environment = {}
@@ -321,3 +340,4 @@ def test_with_a_role_in_one_namespace_it_serves_that_namespace_alone(
             {k: role[k] for k in ("rules",)}
             | {"metadata": {"name": "headrace", "labels": role["metadata"]["labels"]}},
         )
+        cluster.kubectl("delete", "namespace", second.namespace, "--wait=false")
