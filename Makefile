@@ -19,7 +19,13 @@ lint: ## formatting, lint, types, dependency directions, generated files, chart
 bench-loader: ## measure the loader against the hardware's limits and its peers; see --help
 	@$(WORKSPACE) bench-loader $(ARGS)
 
-.PHONY: venv images crds docs lock
+.PHONY: monitoring check-alerts
+monitoring: ## scrape a model on a real cluster with a real Prometheus and ask it every query
+	@$(WORKSPACE) monitoring $(ARGS)
+check-alerts: ## build promtool (minutes, once) and test the alerts with it
+	@$(WORKSPACE) check-alerts $(ARGS)
+
+.PHONY: venv images crds docs dashboards lock
 venv: ## make .venv from the lock file
 	@$(WORKSPACE) venv
 images: ## build the container images into the cache
@@ -28,6 +34,8 @@ crds: ## generate the CRD from the pydantic models
 	@$(WORKSPACE) crds
 docs: ## the documentation as a site, into .cache/site
 	@$(WORKSPACE) docs $(ARGS)
+dashboards: ## generate the chart's Grafana dashboards
+	@$(WORKSPACE) dashboards
 lock: ## compile requirements/*.txt again; ARGS="--upgrade" takes newer versions
 	@$(WORKSPACE) lock $(ARGS)
 

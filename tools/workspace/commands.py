@@ -30,6 +30,7 @@ PACKAGES = (
     "tools/workspace",
     "tools/imagebuild",
     "tools/demo",
+    "tools/dashboards",
 )
 CHECK_SECONDS = 600.0
 BUILD_SECONDS = 1800.0
@@ -127,7 +128,8 @@ def _lint(_: Sequence[str]) -> int:
         "dependency directions": [tools / "lint-imports"],
         "generated CRD": [PYTHON, "-m", CRD, "--check"],
         "documentation": [tools / "mkdocs", "build", "--strict", "--quiet"],
-        "chart": [helm, "lint", "--strict", "charts/headrace"],
+        "generated dashboards": [PYTHON, "-m", "dashboards", "--check"],
+        "charts": [helm, "lint", "--strict", "charts/headrace", "charts/headrace-model"],
     }
     steps, failed = Steps(total=len(checks)), []
     for name, argv in checks.items():
@@ -139,6 +141,12 @@ def _lint(_: Sequence[str]) -> int:
                 steps.say(str(error))
     print("failed: " + ", ".join(failed) if failed else "all checks passed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _check_alerts(arguments: Sequence[str]) -> int:
+    _venv()
+    _setup("localkube", "build", "promtool")
+    return _call(["-m", "pytest", "tests/chart/test_alerts.py", *arguments], CHECK_SECONDS)
 
 
 def _lock(arguments: Sequence[str]) -> int:
@@ -157,6 +165,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench-sharder": _bench("sharder"),
     "crds": _module(CRD),
     "docs": _module("mkdocs", "build", "--strict"),
+    "dashboards": _module("dashboards"),
+    "check-alerts": _check_alerts,
+    "monitoring": _module("monitoring"),
     "lock": _lock,
     "cluster-up": _cluster("up", "--node"),
     "cluster-down": _cluster("down"),

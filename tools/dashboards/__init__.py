@@ -1,0 +1,1 @@
+"""Grafana dashboards of the chart, generated with Grafana's own typed builders."""

@@ -1,0 +1,349 @@
+"""What the dashboards show: three boards of panels with their queries, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ONE = 'namespace=~"$namespace",name=~"$name"'
+RATE = "[$__rate_interval]"
+
+
+@dataclass(frozen=True)
+class Query:
+    """A PromQL expression and the legend of its series."""
+
+    expression: str
+    legend: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: `kind` is Grafana's name of its type, `unit` Grafana's name of its unit."""
+
+    title: str
+    kind: str
+    queries: tuple[Query, ...]
+    description: str
+    unit: str = "short"
+    width: int = 12
+    height: int = 8
+
+
+@dataclass(frozen=True)
+class Board:
+    """A dashboard. `limit` adds the text box for the provisioned throughput."""
+
+    uid: str
+    title: str
+    description: str
+    panels: tuple[Panel, ...]
+    limit: bool = False
+
+
+def _stat(title: str, expression: str, description: str, unit: str = "short") -> Panel:
+    return Panel(title, "stat", (Query(expression),), description, unit, width=4, height=4)
+
+
+FLEET = Board(
+    "headrace-fleet",
+    "Headrace / Fleet",
+    "All models: who serves, who waits, what the GPUs do, and how the operator is.",
+    (
+        _stat(
+            "Models",
+            f"count(headrace_modeldeployment_replicas{{{ONE}}})",
+            "ModelDeployments.",
+        ),
+        _stat(
+            "Ready",
+            f'sum(headrace_modeldeployment_condition{{{ONE},type="Ready"}} == bool 1)',
+            "ModelDeployments that are as specified.",
+        ),
+        _stat(
+            "GPUs serving",
+            f'sum(headrace_gpus{{{ONE},state="serving"}})',
+            "GPUs of pods that answer requests.",
+        ),
+        _stat(
+            "GPUs idle",
+            f'sum(headrace_gpus{{{ONE},state="idle"}})',
+            "GPUs held by pods that are pulled, loading, compiling or crashing.",
+        ),
+        _stat(
+            "Idle GPU time",
+            f'sum(increase(headrace_gpu_seconds_total{{{ONE},state="idle"}}[$__range]))',
+            "GPU seconds paid for without serving, within the time shown.",
+            "s",
+        ),
+        _stat(
+            "Failed shard Jobs",
+            f'sum(increase(headrace_checkpoint_jobs_total{{{ONE},result="failed"}}[$__range]))',
+            "Shard Jobs that failed for good, within the time shown.",
+        ),
+        Panel(
+            "Replicas",
+            "timeseries",
+            (
+                Query(
+                    f"headrace_modeldeployment_ready_replicas{{{ONE}}}",
+                    "{{namespace}}/{{name}} ready",
+                ),
+                Query(f"headrace_modeldeployment_replicas{{{ONE}}}", "{{namespace}}/{{name}}"),
+            ),
+            "Replicas that answer, and that are asked for.",
+        ),
+        Panel(
+            "Ready",
+            "state-timeline",
+            (
+                Query(
+                    f'headrace_modeldeployment_condition{{{ONE},type="Ready"}}',
+                    "{{namespace}}/{{name}}",
+                ),
+            ),
+            "The condition Ready over time.",
+        ),
+        Panel(
+            "Cold start, 90th percentile by phase",
+            "timeseries",
+            (
+                Query(
+                    "histogram_quantile(0.9, sum by (phase, le) (rate("
+                    f'headrace_cold_start_phase_duration_seconds_bucket{{{ONE},phase!="total"}}'
+                    "[1h])))",
+                    "{{phase}}",
+                ),
+            ),
+            "schedule, prepare (volumes, images), load (weights), engine.",
+            "s",
+        ),
+        Panel(
+            "GPUs by state",
+            "timeseries",
+            (Query(f"sum by (state) (headrace_gpus{{{ONE}}})", "{{state}}"),),
+            "Idle: bound to a node and not Ready.",
+        ),
+        Panel(
+            "Shard Jobs",
+            "timeseries",
+            (
+                Query(
+                    f"sum by (result) (increase(headrace_checkpoint_jobs_total{{{ONE}}}[1h]))",
+                    "{{result}} in the last hour",
+                ),
+                Query(f"sum(headrace_checkpoint_jobs_active{{{ONE}}})", "running"),
+            ),
+            "Jobs that make checkpoints.",
+        ),
+        Panel(
+            "Shard Job, mean duration",
+            "timeseries",
+            (
+                Query(
+                    f"headrace_checkpoint_job_duration_seconds_sum{{{ONE}}}"
+                    f" / headrace_checkpoint_job_duration_seconds_count{{{ONE}}}",
+                    "{{namespace}}/{{name}}",
+                ),
+            ),
+            "Complete Jobs since the operator's start.",
+            "s",
+        ),
+        Panel(
+            "Reconciliation",
+            "timeseries",
+            tuple(
+                Query(
+                    f"histogram_quantile({quantile}, sum by (le) (rate("
+                    f"headrace_operator_reconcile_duration_seconds_bucket{RATE})))",
+                    legend,
+                )
+                for quantile, legend in ((0.5, "median"), (0.99, "99th percentile"))
+            ),
+            "Duration of one reconciliation of one ModelDeployment.",
+            "s",
+        ),
+        Panel(
+            "Operator: errors, queue, API server",
+            "timeseries",
+            (
+                Query(
+                    f"sum by (reason) (rate(headrace_operator_reconcile_errors_total{RATE}))",
+                    "errors/s {{reason}}",
+                ),
+                Query("headrace_operator_queue_depth", "queue"),
+                Query("max(headrace_operator_watch_behind)", "watches behind"),
+                Query(
+                    f"sum by (status) (rate(headrace_operator_api_requests_total{RATE}))",
+                    "requests/s {{status}}",
+                ),
+            ),
+            "Errors are tried again with growing pauses.",
+        ),
+    ),
+)
+
+COLD_START = Board(
+    "headrace-cold-start",
+    "Headrace / Cold start",
+    "One deployment's start: which phase takes how long, and what it waits for now.",
+    (
+        Panel(
+            "Conditions",
+            "state-timeline",
+            (Query(f"headrace_modeldeployment_condition{{{ONE}}}", "{{type}}"),),
+            "VolumeReady, CheckpointReady, WeightsResident, Available, Ready, over time.",
+            width=24,
+        ),
+        Panel(
+            "Loaders",
+            "state-timeline",
+            (Query(f"headrace_loader_phase{{{ONE}}} == 1", "{{pod}} {{phase}}"),),
+            "The phase each loader is in.",
+            width=24,
+            height=6,
+        ),
+        Panel(
+            "Phases of each pod's start",
+            "bargauge",
+            (
+                Query(
+                    f'headrace_pod_cold_start_phase_duration_seconds{{{ONE},phase!="total"}}',
+                    "{{pod}} {{phase}}",
+                ),
+            ),
+            "Pods that are ready now, by the times in their status (resolution one second).",
+            "s",
+        ),
+        Panel(
+            "Steps of the load",
+            "bargauge",
+            (
+                Query(
+                    f"headrace_loader_step_duration_seconds{{{ONE}}}",
+                    "{{pod}} {{step}}",
+                ),
+                Query(
+                    f"max by (pod, step) (headrace_loader_rank_step_duration_seconds{{{ONE}}})",
+                    "{{pod}} slowest rank: {{step}}",
+                ),
+            ),
+            "As the loader measures them.",
+            "s",
+        ),
+        Panel(
+            "Weights read and verified",
+            "timeseries",
+            (
+                Query(f"sum by (pod) (headrace_loader_read_bytes_total{{{ONE}}})", "{{pod}} read"),
+                Query(
+                    f"sum by (pod) (headrace_loader_verified_bytes_total{{{ONE}}})",
+                    "{{pod}} verified",
+                ),
+                Query(f"sum by (pod) (headrace_loader_rank_size_bytes{{{ONE}}})", "{{pod}} size"),
+            ),
+            "A load is done when all three meet.",
+            "bytes",
+        ),
+        Panel(
+            "GPU time since the operator's start",
+            "timeseries",
+            (Query(f"sum by (state) (headrace_gpu_seconds_total{{{ONE}}})", "{{state}}"),),
+            "What waiting has cost: idle is held without serving.",
+            "s",
+        ),
+    ),
+)
+
+LOADER = Board(
+    "headrace-loader",
+    "Headrace / Loader",
+    "How fast each GPU's weights come, by which path, against the provisioned throughput.",
+    (
+        Panel(
+            "Rate of each load, by pod",
+            "timeseries",
+            (
+                Query(
+                    f"sum by (pod) (headrace_loader_read_bytes_per_second{{{ONE}}})",
+                    "{{pod}}",
+                ),
+                Query("vector($provisioned * 1024 * 1024 * 1024)", "provisioned"),
+            ),
+            "Bytes over the time of reading, all ranks. The loader computes it: a load is shorter "
+            "than two scrapes.",
+            "binBps",
+        ),
+        Panel(
+            "Rate of each GPU",
+            "bargauge",
+            (
+                Query(
+                    f"headrace_loader_read_bytes_per_second{{{ONE}}}",
+                    "{{pod}} rank {{rank}} {{device}} {{path}}",
+                ),
+                Query(
+                    "vector($provisioned * 1024 * 1024 * 1024) / "
+                    f"max(count by (pod) (headrace_loader_rank_size_bytes{{{ONE}}}))",
+                    "provisioned, a GPU's share",
+                ),
+            ),
+            "A rank far below its sisters has a slow path, NIC or NUMA node.",
+            "binBps",
+        ),
+        Panel(
+            "Bytes arriving, by path",
+            "timeseries",
+            (
+                Query(
+                    f"sum by (path) (rate(headrace_loader_read_bytes_total{{{ONE}}}{RATE}))",
+                    "{{path}}",
+                ),
+            ),
+            "Over all pods; loads of less than two scrapes do not show here.",
+            "binBps",
+        ),
+        Panel(
+            "Ranks by path",
+            "timeseries",
+            (
+                Query(
+                    f"count by (path, reason) (headrace_loader_path_info{{{ONE}}})",
+                    "{{path}} {{reason}}",
+                ),
+            ),
+            "The reason says why no better path is taken.",
+        ),
+        Panel(
+            "Fallbacks from GPUDirect",
+            "timeseries",
+            (
+                Query(
+                    f"sum by (reason) (headrace_loader_direct_path_fallbacks_total{{{ONE}}})",
+                    "{{reason}}",
+                ),
+            ),
+            "Ranks of the present loaders; none where spec.loading.path is Off.",
+        ),
+        Panel(
+            "Handovers",
+            "timeseries",
+            (
+                Query(
+                    f"sum by (pod) (headrace_loader_attached_engines{{{ONE}}})", "{{pod}} attached"
+                ),
+                Query(
+                    f"sum by (pod) (headrace_loader_attachments_total{{{ONE}}})",
+                    "{{pod}} in all",
+                ),
+                Query(
+                    f"sum by (pod, reason) (headrace_loader_refused_connections_total{{{ONE}}})",
+                    "{{pod}} refused {{reason}}",
+                ),
+            ),
+            "Engine workers that hold the weights; more in all than attached: restarted engines.",
+        ),
+    ),
+    limit=True,
+)
+
+BOARDS = {"fleet": FLEET, "cold-start": COLD_START, "loader": LOADER}
