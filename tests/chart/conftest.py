@@ -1,4 +1,4 @@
-"""The real helm, and the chart rendered by it."""
+"""The real helm, and the charts rendered by it."""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +8,8 @@ import yaml
 
 from localkube import binaries
 
-CHART = Path(__file__).parents[2] / "charts" / "headrace"
+CHARTS = Path(__file__).parents[2] / "charts"
+CHART = CHARTS / "headrace"
 
 
 @pytest.fixture(scope="session")
@@ -23,14 +24,24 @@ def helm():
     return run
 
 
+def objects_of(text):
+    """The objects of a rendered chart by (kind, name), and by namespace where that is given."""
+    found = {}
+    for body in filter(None, yaml.safe_load_all(text)):
+        metadata = body["metadata"]
+        key = (body["kind"], metadata["name"], *filter(None, [metadata.get("namespace")]))
+        assert key not in found
+        found[key] = body
+    return found
+
+
 @pytest.fixture
 def render(helm):
-    """Render the chart; returns its objects by (kind, name)."""
+    """Render a chart; returns its objects."""
 
-    def run(*options, release="headrace", namespace="headrace-system"):
-        result = helm("template", release, CHART, "--namespace", namespace, *options)
+    def run(*options, release="headrace", namespace="headrace-system", chart=CHART):
+        result = helm("template", release, chart, "--namespace", namespace, *options)
         assert result.returncode == 0, result.stderr
-        objects = [found for found in yaml.safe_load_all(result.stdout) if found]
-        return {(found["kind"], found["metadata"]["name"]): found for found in objects}
+        return objects_of(result.stdout)
 
     return run

@@ -1,5 +1,7 @@
-"""The chart as real helm renders it: a hardened operator with no more rights than it needs."""
+"""The charts as real helm renders them: a hardened operator with no more rights than it needs."""
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,14 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 CHART = REPOSITORY / "charts" / "headrace"
+MODEL = REPOSITORY / "charts" / "headrace-model"
+TINY = ("-f", MODEL / "ci/tiny-values.yaml")
+MONITORED = ("--api-versions", "monitoring.coreos.com/v1")
+DIGEST = "sha256:" + "0" * 64
+
+
+def sets(*values):
+    return [word for value in values for word in ("--set", value)]
 
 
 def operator_pod(objects):
@@ -19,14 +29,59 @@ def environment(objects):
 
 
 def test_lint_finds_nothing(helm):
-    result = helm("lint", "--strict", CHART)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for options in ([CHART], [MODEL, *TINY]):
+        result = helm("lint", "--strict", *options)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+MATRIX = list(
+    itertools.product(
+        ([], ["watchNamespaces={a,b}"], ["watchNamespaces={a}", "rbac.clusterResources=false"]),
+        ([], ["networkPolicy.enabled=true", "podDisruptionBudget.enabled=true"]),
+        ([], ["crds.install=false", "dashboards.enabled=false", "rbac.aggregate=false"]),
+        ([], [f"image.digest={DIGEST}", f"loaderImage.digest={DIGEST}", "global.imageRegistry=r"]),
+        ([], ["commonLabels.team=x", "commonAnnotations.note=y", "serviceAccount.create=false"]),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "parts", MATRIX[::5] + MATRIX[-1:], ids=lambda parts: "-".join(map(str, map(len, parts)))
+)
+def test_values_in_any_mixture_make_objects_with_all_labels(render, parts):
+    monitored = len(parts[1]) == 0
+    values = [value for part in parts for value in part]
+    objects = render(*sets(*values), *(MONITORED if monitored else ()))
+    for body in objects.values():
+        metadata = body["metadata"]
+        assert metadata["labels"]["app.kubernetes.io/instance"] == "headrace"
+        assert ("commonLabels.team=x" in values) == (metadata["labels"].get("team") == "x")
+        noted = metadata.get("annotations", {}).get("note") == "y"
+        assert ("commonAnnotations.note=y" in values) == noted
+    monitors = {kind for kind, *_ in objects} & {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
+    assert len(monitors) == 3 * monitored
+    assert (("ServiceAccount", "headrace") in objects) == (
+        "serviceAccount.create=false" not in values
+    )
+    assert any(kind == "CustomResourceDefinition" for kind, *_ in objects) == (
+        "crds.install=false" not in values
+    )
 
 
 def test_crd_is_the_generated_one():
     name = "modeldeployments.headrace.dev.yaml"
     generated = (REPOSITORY / "crds" / name).read_text()
-    assert (CHART / "crds" / name).read_text() == generated
+    assert (CHART / "files/crds" / name).read_text() == generated
+
+
+def test_crd_comes_with_the_release_and_outlives_it(render):
+    name = "modeldeployments.headrace.dev"
+    generated = yaml.safe_load((REPOSITORY / f"crds/{name}.yaml").read_text())
+    kept = render()["CustomResourceDefinition", name]
+    assert kept["spec"] == generated["spec"]
+    assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    thrown = render("--set", "crds.keep=false")["CustomResourceDefinition", name]
+    assert "annotations" not in thrown["metadata"]
 
 
 def test_operator_is_hardened(render):
@@ -57,12 +112,12 @@ def test_probes_ask_the_liveness_port(render):
 
 def test_settings_reach_the_operator(render):
     options = ("loaderImage.repository=registry.test/loader", "loaderImage.tag=v7")
-    options += ("metrics.port=9999", "watchNamespace=team")
+    options += ("metrics.port=9999", "watchNamespaces={team,other}")
     objects = render(*(word for option in options for word in ("--set", option)))
     assert environment(objects) == {
         "POD_ID": None,
         "HEADRACE_LOADER_IMAGE": "registry.test/loader:v7",
-        "HEADRACE_WATCH_NAMESPACE": "team",
+        "HEADRACE_WATCH_NAMESPACES": "team,other",
         "HEADRACE_METRICS_PORT": "9999",
         "HEADRACE_LIVENESS_PORT": "8080",
     }
@@ -74,14 +129,104 @@ def test_images_default_to_the_version_of_the_chart(render):
     (container,) = operator_pod(objects)["containers"]
     assert container["image"] == f"headrace-operator:{version}"
     assert environment(objects)["HEADRACE_LOADER_IMAGE"] == f"headrace-loader:{version}"
-    assert "HEADRACE_WATCH_NAMESPACE" not in environment(objects)
+    assert "HEADRACE_WATCH_NAMESPACES" not in environment(objects)
+
+
+def test_images_come_from_a_mirror_by_digest_with_pull_secrets(render):
+    values = ("global.imageRegistry=mirror.test:5000/hub", "loaderImage.registry=other.test")
+    values += (f"image.digest={DIGEST}", f"loaderImage.digest={DIGEST}", "loaderImage.tag=v1")
+    values += ("global.imagePullSecrets[0].name=all", "imagePullSecrets[0].name=own")
+    objects = render(*sets(*values))
+    pod = operator_pod(objects)
+    image = f"mirror.test:5000/hub/headrace-operator@{DIGEST}"
+    assert pod["containers"][0]["image"] == image
+    assert (
+        environment(objects)["HEADRACE_LOADER_IMAGE"] == f"other.test/headrace-loader:v1@{DIGEST}"
+    )
+    assert pod["imagePullSecrets"] == [{"name": "all"}, {"name": "own"}]
+    test = objects["Pod", "headrace-test"]["spec"]
+    assert test["imagePullSecrets"] == pod["imagePullSecrets"]
+    assert test["containers"][0]["image"] == image
+
+
+def test_only_the_operator_gets_a_token(render):
+    objects = render()
+    assert objects["ServiceAccount", "headrace"]["automountServiceAccountToken"] is False
+    assert operator_pod(objects)["automountServiceAccountToken"] is True
+    assert objects["Pod", "headrace-test"]["spec"]["automountServiceAccountToken"] is False
+
+
+def test_scheduling_reaches_the_operator(render):
+    values = ("priorityClassName=high", "nodeSelector.pool=system", "podLabels.a=b")
+    values += ("topologySpreadConstraints[0].maxSkew=1", "tolerations[0].key=x")
+    objects = render(*sets(*values))
+    pod = operator_pod(objects)
+    assert pod["priorityClassName"] == "high"
+    assert pod["nodeSelector"] == {"pool": "system"}
+    assert pod["topologySpreadConstraints"] == [{"maxSkew": 1}]
+    assert pod["tolerations"] == [{"key": "x"}]
+    assert objects["Deployment", "headrace"]["spec"]["template"]["metadata"]["labels"]["a"] == "b"
+
+
+def test_monitors_name_ports_that_are_there(render):
+    objects = render(*MONITORED, "--set", "watchNamespaces={a}")
+    service = objects["Service", "headrace-metrics"]
+    (endpoint,) = objects["ServiceMonitor", "headrace"]["spec"]["endpoints"]
+    assert endpoint["port"] == service["spec"]["ports"][0]["name"]
+    assert endpoint["honorLabels"] is True
+    labels = objects["Deployment", "headrace"]["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    selected = objects["ServiceMonitor", "headrace"]["spec"]["selector"]["matchLabels"]
+    assert selected.items() <= service["metadata"]["labels"].items()
+    pods = objects["PodMonitor", "headrace-models"]["spec"]
+    assert pods["namespaceSelector"] == {"matchNames": ["a"]}
+    assert [end["port"] for end in pods["podMetricsEndpoints"]] == ["loader", "http"]
+
+
+def test_alerts_can_be_left_out_and_link_to_their_runbooks(render):
+    values = ("metrics.prometheusRule.disabled={HeadraceGpusIdle}",)
+    values += ("metrics.prometheusRule.runbookUrl=https://docs.test/alerts/",)
+    groups = render(*MONITORED, *sets(*values))["PrometheusRule", "headrace"]["spec"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    file = yaml.safe_load((CHART / "files/alerts.yaml").read_text())
+    everything = {rule["alert"] for group in file["groups"] for rule in group["rules"]}
+    assert {rule["alert"] for rule in rules} == everything - {"HeadraceGpusIdle"}
+    url = rules[0]["annotations"]["runbook_url"]
+    assert url == "https://docs.test/alerts/#" + rules[0]["alert"].lower()
+    assert "{{ $labels.reason }}" in rules[1]["annotations"]["summary"]
+
+
+def test_dashboards_are_found_by_the_sidecar(render):
+    objects = render("--set", "dashboards.annotations.grafana_folder=Models")
+    for name in ("fleet", "cold-start", "loader"):
+        found = objects["ConfigMap", f"headrace-dashboard-{name}"]
+        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert found["metadata"]["annotations"] == {"grafana_folder": "Models"}
+        (text,) = found["data"].values()
+        assert json.loads(text)["uid"] == f"headrace-{name}"
+
+
+def test_notes_say_the_next_step_and_what_is_missing(helm):
+    def notes(*options):
+        command = ("install", "headrace", CHART, "--dry-run=client", "--namespace", "system")
+        result = helm(*command, *options)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.partition("NOTES:")[2]
+
+    plain = notes()
+    assert "helm test headrace -n system" in plain
+    assert "kubectl apply -f model.yaml" in plain
+    assert "monitoring.coreos.com/v1" in plain
+    assert "were left out" in plain
+    assert "DELETES" in notes("--set", "crds.keep=false")
+    assert "1 namespace(s): team" in notes("--set", "watchNamespaces={team}")
 
 
 def test_every_rule_belongs_to_the_operators_account(render):
     objects = render("--set", "serviceAccount.name=other")
     assert ("ServiceAccount", "other") in objects
     assert operator_pod(objects)["serviceAccountName"] == "other"
-    bindings = [found for (kind, _), found in objects.items() if kind.endswith("Binding")]
+    bindings = [found for (kind, *_), found in objects.items() if kind.endswith("Binding")]
     assert bindings
     for binding in bindings:
         subject = {"kind": "ServiceAccount", "name": "other", "namespace": "headrace-system"}
@@ -90,7 +235,7 @@ def test_every_rule_belongs_to_the_operators_account(render):
 
 
 def test_no_rule_has_a_wildcard_or_reads_secrets(render):
-    roles = [found for (kind, _), found in render().items() if kind in {"Role", "ClusterRole"}]
+    roles = [found for (kind, *_), found in render().items() if kind in {"Role", "ClusterRole"}]
     rules = [rule for role in roles for rule in role["rules"]]
     assert rules
     for rule in rules:
@@ -98,31 +243,90 @@ def test_no_rule_has_a_wildcard_or_reads_secrets(render):
         assert "secrets" not in rule["resources"]
 
 
-def test_one_namespace_needs_no_cluster_wide_rights_on_pods(render):
-    objects = render("--set", "watchNamespace=team")
-    role = objects["Role", "headrace"]
-    assert role["metadata"]["namespace"] == "team"
-    cluster_wide = {
+def cluster_wide(objects):
+    return {
         resource
-        for (kind, _), found in objects.items()
-        if kind == "ClusterRole"
+        for (kind, *_), found in objects.items()
+        if kind == "ClusterRole" and "-edit" not in found["metadata"]["name"]
         for rule in found["rules"]
         for resource in rule["resources"]
+        if not resource.startswith("modeldeployments")
     }
-    assert cluster_wide == {"persistentvolumes", "nodes"}
+
+
+def test_each_namespace_gets_a_role_and_the_cluster_no_rights_on_pods(render):
+    objects = render("--set", "watchNamespaces={team,other}")
+    for namespace in ("team", "other"):
+        binding = objects["RoleBinding", "headrace", namespace]
+        assert binding["roleRef"]["kind"] == "Role"
+        assert objects["Role", "headrace", namespace]["rules"]
+    assert cluster_wide(objects) == {"persistentvolumes", "nodes"}
+    without = sets("watchNamespaces={team,other}", "rbac.clusterResources=false")
+    assert cluster_wide(render(*without)) == set()
 
 
 @pytest.mark.parametrize(
-    ("option", "field"),
+    ("option", "path"),
     [
-        ("image.pullPolicy=Sometimes", "pullPolicy"),
-        ("metrics.port=80", "port"),
-        ("watchNamespace=Not_A_Name", "watchNamespace"),
-        ("loaderImage.repository=", "repository"),
-        ("replicas=2", "replicas"),
+        ("image.pullPolicy=Sometimes", "/image/pullPolicy"),
+        ("image.digest=sha256:abc", "/image/digest"),
+        ("metrics.port=80", "/metrics/port"),
+        ("metrics.serviceMonitor.enabled=maybe", "/metrics/serviceMonitor/enabled"),
+        ("metrics.podMonitor.interval=soon", "/metrics/podMonitor/interval"),
+        ("watchNamespaces={ok,Not_A_Name}", "/watchNamespaces/1"),
+        ("loaderImage.repository=", "/loaderImage/repository"),
+        ("global.imageRegistry=https://x", "/global/imageRegistry"),
+        ("commonLabels.a.b=c", "/commonLabels/a"),
+        ("podDisruptionBudget.maxUnavailable=2", "/podDisruptionBudget/maxUnavailable"),
+        ("replicas=2", "'replicas' not allowed"),
+        ("rbac.clusterResources=false", "rbac.clusterResources: false: needs watchNamespaces"),
     ],
 )
-def test_wrong_values_are_refused_by_name(helm, option, field):
+def test_wrong_values_are_refused_with_their_path(helm, option, path):
     result = helm("template", "headrace", CHART, "--set", option)
     assert result.returncode != 0
-    assert field in result.stderr
+    assert path in result.stderr
+
+
+def described(schema, path="values"):
+    """Paths of properties that are not described."""
+    for name, part in schema.get("properties", {}).items():
+        if "$ref" not in part and not part.get("description"):
+            yield f"{path}.{name}"
+        yield from described(part, f"{path}.{name}")
+
+
+@pytest.mark.parametrize("chart", [CHART, MODEL], ids=lambda chart: chart.name)
+def test_every_value_is_described_and_every_default_known(chart):
+    schema = json.loads((chart / "values.schema.json").read_text())
+    schema["properties"].pop("env", None)  # Kubernetes' own
+    assert list(described(schema)) == []
+    values = yaml.safe_load((chart / "values.yaml").read_text())
+    assert values.keys() <= schema["properties"].keys() | {"env"}
+    assert schema["additionalProperties"] is False
+
+
+def test_a_model_is_scaled_by_keda_which_owns_the_replicas(render):
+    objects = render(*TINY, "--set", "spec.replicas=3", release="tiny", chart=MODEL)
+    model = objects["ModelDeployment", "tiny"]
+    assert "replicas" not in model["spec"]
+    target = objects["ScaledObject", "tiny"]["spec"]["scaleTargetRef"]
+    assert target == {k: model[k] for k in ("apiVersion", "kind")} | {"name": "tiny"}
+    without = render(*TINY, *sets("spec.replicas=3", "keda.enabled=false"), chart=MODEL)
+    assert without["ModelDeployment", "headrace"]["spec"]["replicas"] == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "path"),
+    [
+        ("spec.engine.port=x", "/spec/engine/port"),
+        ("spec.replica=1", "/spec'"),
+        ("spec.model.source=null", "/spec/model"),
+        ("keda.maxReplicas=0", "/keda/maxReplicas"),
+        ("keda.minReplicas=0", "keda.minReplicas: 0"),
+    ],
+)
+def test_wrong_values_of_a_model_are_refused_with_their_path(helm, option, path):
+    result = helm("template", "tiny", MODEL, *TINY, "--set", option)
+    assert result.returncode != 0
+    assert path in result.stderr

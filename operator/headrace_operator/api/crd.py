@@ -2,7 +2,7 @@
 
     python -m headrace_operator.api.crd [--check]
 
-writes the CRD, the chart's copy of it and the field reference. With --check it writes
+writes the CRD, the charts' copies of it and the field reference. With --check it writes
 nothing and fails when one of the files differs from what it would write.
 """
 
@@ -17,6 +17,7 @@ from headrace_operator import api
 from headrace_operator.api.reference import reference
 from headrace_operator.api.schema import structural_schema
 from headrace_operator.api.status import ModelDeployment
+from headrace_operator.api.values import values_schema
 
 NAME = f"{api.PLURAL}.{api.GROUP}"
 _HEADER = "# Generated from operator/headrace_operator/api by `make crds`; do not edit.\n"
@@ -97,6 +98,7 @@ def outputs() -> dict[Path, str]:
     return {
         Path("crds", f"{NAME}.yaml"): text,
         Path("charts/headrace/files/crds", f"{NAME}.yaml"): text,
+        Path("charts/headrace-model/values.schema.json"): values_schema(crd),
         Path("docs/modeldeployment.md"): reference(crd),
     }
 
