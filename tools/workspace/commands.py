@@ -31,6 +31,7 @@ PACKAGES = (
     "tools/imagebuild",
     "tools/demo",
     "tools/dashboards",
+    "tools/monitoring",
 )
 CHECK_SECONDS = 600.0
 BUILD_SECONDS = 1800.0

@@ -1,0 +1,168 @@
+"""The run itself: python -m monitoring [--write].
+
+A model is served on a real node; Prometheus scrapes operator and loader once a second. Every
+query of the dashboards must return data and every alert must be evaluated. The engine is a
+stand-in that takes the weights and answers its health check: no panel shows an engine's own
+metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import imagebuild
+from dashboards.boards import BOARDS
+from demo import setup
+from demo.observe import Model, wait_for
+from localkube import Cluster, LocalkubeError, binaries, prerequisites
+from workspace.errors import ToolError
+from workspace.paths import ROOT
+from workspace.steps import Steps
+
+from . import draw
+from .prometheus import SCRAPE_SECONDS, Prometheus, running
+
+if TYPE_CHECKING:
+    from dashboards.boards import Query
+
+NAME, CLAIM = "tiny-llama", "models"
+READY_SECONDS = 240.0
+SETTLE_SECONDS = 20.0
+VARIABLES = {"$__rate_interval": "15s", "$__range": "10m", "$provisioned": "1"}
+VARIABLES |= {"$namespace": ".*", "$name": ".*"}
+EMPTY = {
+    "headrace_operator_reconcile_errors_total": "no reconciliation fails here",
+    "headrace_loader_direct_path_fallbacks_total": "without a GPU nothing prefers GPUDirect",
+}
+ENGINE = """
+import http.server, os
+from headrace_handover.client import attach
+from headrace_handover.errors import Refused
+socket = os.environ["HEADRACE_SOCKET"]
+try:
+    attach(socket, rank=9, device="host", timeout=10)
+except Refused as error:
+    print(error)
+held = [attach(socket, rank=rank, device="host", timeout=60) for rank in range(2)]
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.ThreadingHTTPServer(("", 8000), Healthy).serve_forever()
+"""
+
+
+def manifest() -> str:
+    """Return the ModelDeployment: two ranks in host memory, and the stand-in engine."""
+    image = imagebuild.IMAGES["headrace-loader"].reference
+    spec = {
+        "model": {"source": f"pvc://{CLAIM}/{NAME}"},
+        "parallelism": {"tensorParallelSize": 2},
+        "volume": {"existingClaim": {"name": CLAIM}},
+        "loading": {"path": "Off"},
+        "gpu": {"sharing": "None"},
+        "engine": {"image": image, "command": ["python3", "-c", ENGINE]},
+    }
+    head = {"apiVersion": "headrace.dev/v1alpha1", "kind": "ModelDeployment"}
+    return json.dumps({**head, "metadata": {"name": NAME}, "spec": spec})
+
+
+def run(steps: Steps, cluster: Cluster, *, write: bool) -> None:
+    """Do everything but the teardown. Raises ToolError or LocalkubeError."""
+    directory = cluster.directory.parent
+    with steps.step("binaries and images"):
+        prerequisites.install_packages()
+        program = binaries.ensure(["prometheus", *binaries.NODE])["prometheus"]
+        archives = imagebuild.ensure(report=steps.say)
+    with steps.step("a cluster with a real node, operator and model"):
+        setup.prepare_node(cluster, archives.values())
+        setup.make_volume(cluster, directory / "volume", CLAIM)
+        setup.make_model(directory / "volume" / NAME)
+        setup.install_operator(cluster)
+    model = Model(cluster, NAME)
+    with running(program, cluster, directory / "prometheus") as prometheus:
+        begin = time.time()
+        with steps.step("the model is served, then scaled to two replicas"):
+            time.sleep(5 * SCRAPE_SECONDS)
+            cluster.kubectl("apply", "-f", "-", stdin=manifest())
+            model.wait_true("Ready", timeout=READY_SECONDS, say=steps.say)
+            cluster.kubectl("scale", "modeldeployment", NAME, "--replicas=2")
+            wait_for("two replicas", lambda: _replicas(model) == 2, timeout=READY_SECONDS)
+            time.sleep(SETTLE_SECONDS)
+        with steps.step("every alert is evaluated, every query returns data"):
+            _check_rules(steps, prometheus)
+            _check_boards(steps, prometheus, begin, write=write)
+
+
+def _replicas(model: Model) -> int:
+    count: int = model.read()["status"].get("readyReplicas", 0)
+    return count
+
+
+def _check_rules(steps: Steps, prometheus: Prometheus) -> None:
+    rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+    sick = [f"{rule['name']}: {rule.get('lastError')}" for rule in rules if rule["health"] != "ok"]
+    if sick or not rules:
+        raise ToolError("rules were not evaluated: " + ("; ".join(sick) or "none are loaded"))
+    firing = [rule["name"] for rule in rules if rule["state"] == "firing"]
+    steps.say(f"{len(rules)} alerts evaluated, firing: {', '.join(firing) or 'none'}")
+
+
+def _check_boards(steps: Steps, prometheus: Prometheus, begin: float, *, write: bool) -> None:
+    empty, asked = [], 0
+    end = time.time()
+    for name, board in BOARDS.items():
+        answers: dict[str, list[draw.Series]] = {}
+        for panel in board.panels:
+            answers[panel.title] = []
+            for query in panel.queries:
+                asked += 1
+                result = prometheus.over(expand(query), begin, end, SCRAPE_SECONDS)
+                found = draw.series(result, query.legend)
+                answers[panel.title] += found
+                if not found and not any(metric in query.expression for metric in EMPTY):
+                    empty.append(f"{board.title} / {panel.title}: {query.expression}")
+        if write:
+            note = "Drawn from Prometheus' answers to the dashboard's queries, not by Grafana: "
+            note += "two replicas of a tiny model without GPUs, on a test cluster."
+            target = ROOT / "docs" / f"dashboard-{name}.svg"
+            target.write_text(draw.board(board, answers, note))
+            steps.say(f"docs/{target.name}")
+    if empty:
+        raise ToolError("no data for\n" + "\n".join(empty))
+    steps.say(f"{asked} queries, all with data but those of " + ", ".join(EMPTY))
+
+
+def expand(query: Query) -> str:
+    """Return a query with the dashboard's variables replaced."""
+    text = query.expression
+    for variable, value in VARIABLES.items():
+        text = text.replace(variable, value)
+    return text
+
+
+def main() -> int:
+    """Run and tear everything down."""
+    parser = argparse.ArgumentParser(prog="monitoring", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="draw docs/dashboard-*.svg")
+    options = parser.parse_args()
+    root = ROOT / ".cache" / "monitoring"
+    cluster = Cluster(root / "cluster")
+    try:
+        run(Steps(total=4), cluster, write=options.write)
+    except (ToolError, LocalkubeError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    finally:
+        cluster.down()
+        shutil.rmtree(root, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
