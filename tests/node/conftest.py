@@ -81,6 +81,15 @@ class Site:
         return identity
 
 
+def restrict(cluster, *namespaces):
+    """Let namespaces, made where they are missing, admit only pods of the restricted profile."""
+    profile = {"pod-security.kubernetes.io/enforce": "restricted"}
+    for name in namespaces:
+        body = {"apiVersion": "v1", "kind": "Namespace"}
+        body["metadata"] = {"name": name, "labels": profile}
+        cluster.kubectl("apply", "-f", "-", stdin=json.dumps(body))
+
+
 @pytest.fixture(scope="session")
 def real_engine():
     return REAL_ENGINE
@@ -97,6 +106,7 @@ def site(tmp_path_factory):
     try:
         setup.prepare_node(cluster, archives.values())
         setup.make_volume(cluster, root / "volume", CLAIM)
+        restrict(cluster, "default", setup.NAMESPACE)
         setup.install_operator(cluster)
         yield Site(cluster, root / "volume")
     finally:
