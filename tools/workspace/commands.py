@@ -128,7 +128,7 @@ def _lint(_: Sequence[str]) -> int:
         "types": [tools / "mypy", *PACKAGES],
         "dependency directions": [tools / "lint-imports"],
         "generated CRD": [PYTHON, "-m", CRD, "--check"],
-        "documentation": [tools / "mkdocs", "build", "--strict", "--quiet"],
+        "documentation": [tools / "mkdocs", "build", "--strict"],
         "generated dashboards": [PYTHON, "-m", "dashboards", "--check"],
         "charts": [helm, "lint", "--strict", "charts/headrace", "charts/headrace-model"],
     }
