@@ -1,5 +1,6 @@
 """Settings of the operator process, read from the environment."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ class ProcessSettings:
 
     loader_image: str
     """HEADRACE_LOADER_IMAGE: image of loader and sharder; required."""
+    static_volumes: Mapping[str, frozenset[str]]
+    """HEADRACE_STATIC_VOLUMES: JSON object of lists, the file systems that each namespace may name
+    in spec.volume.static; none without it."""
     namespace: str | None
     """HEADRACE_WATCH_NAMESPACE: the one namespace to serve; all without it."""
     metrics_port: int
@@ -37,10 +41,28 @@ class ProcessSettings:
             )
         return cls(
             loader_image=image,
+            static_volumes=_static_volumes(environment.get("HEADRACE_STATIC_VOLUMES", "")),
             namespace=environment.get("HEADRACE_WATCH_NAMESPACE", "").strip() or None,
             metrics_port=_port(environment, "HEADRACE_METRICS_PORT", 9402),
             liveness_port=_port(environment, "HEADRACE_LIVENESS_PORT", 8080),
         )
+
+
+def _static_volumes(value: str) -> Mapping[str, frozenset[str]]:
+    try:
+        found = json.loads(value) if value.strip() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(map(_is_list_of_text, found.values())):
+        raise SettingsInvalid(
+            f'HEADRACE_STATIC_VOLUMES: "{value}": must be a JSON object of lists; give '
+            '{"<namespace>": ["fs-<digits>", "fs-<digits>/<directory>"]}'
+        )
+    return {namespace: frozenset(entries) for namespace, entries in found.items()}
+
+
+def _is_list_of_text(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _port(environment: Mapping[str, str], variable: str, default: int) -> int:

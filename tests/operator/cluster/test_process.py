@@ -296,6 +296,7 @@ def test_with_a_role_in_one_namespace_it_serves_that_namespace_alone(
             [
                 *(cluster.bin("helm"), "template", "headrace", chart, "-n", "headrace-system"),
                 *("--set", f"watchNamespace={world.namespace}"),
+                '--set-json=staticVolumes={"*": ["*"]}',
                 "--show-only=templates/rbac.yaml",
             ]
         )
