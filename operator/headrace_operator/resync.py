@@ -105,7 +105,10 @@ class Resync:
         for volume in listing.objects:
             if is_orphan(volume, is_wanted=self._wants(volume)):
                 deletion = Deletion(VOLUME.name, name_of(volume), None, uid_of(volume))
-                await self._executor.delete(deletion)
+                try:
+                    await self._executor.delete(deletion)
+                except Forbidden:
+                    return  # static volumes were switched off; what is left holds no data
 
     def _wants(self, volume: Object) -> bool:
         labels = at(volume, "metadata", "labels")

@@ -1,5 +1,6 @@
 """Settings of the operator process, read from the environment."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,9 @@ class ProcessSettings:
     """HEADRACE_LOADER_IMAGE: image of loader and sharder; required."""
     namespaces: tuple[str, ...]
     """HEADRACE_WATCH_NAMESPACES: the namespaces to serve, with commas between; all without it."""
+    static_volumes: Mapping[str, frozenset[str]]
+    """HEADRACE_STATIC_VOLUMES: JSON object of lists, the file systems that each namespace may name
+    in spec.volume.static; none without it."""
     metrics_port: int
     """HEADRACE_METRICS_PORT: port of the Prometheus metrics, 9402."""
     liveness_port: int
@@ -40,6 +44,7 @@ class ProcessSettings:
         return cls(
             loader_image=image,
             namespaces=_namespaces(environment, "HEADRACE_WATCH_NAMESPACES"),
+            static_volumes=_static_volumes(environment.get("HEADRACE_STATIC_VOLUMES", "")),
             metrics_port=_port(environment, "HEADRACE_METRICS_PORT", 9402),
             liveness_port=_port(environment, "HEADRACE_LIVENESS_PORT", 8080),
         )
@@ -54,6 +59,23 @@ def _namespaces(environment: Mapping[str, str], variable: str) -> tuple[str, ...
             'and "-", with commas between'
         )
     return tuple(dict.fromkeys(filter(None, names)))
+
+
+def _static_volumes(value: str) -> Mapping[str, frozenset[str]]:
+    try:
+        found = json.loads(value) if value.strip() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(map(_is_list_of_text, found.values())):
+        raise SettingsInvalid(
+            f'HEADRACE_STATIC_VOLUMES: "{value}": must be a JSON object of lists; give '
+            '{"<namespace>": ["fs-<digits>", "fs-<digits>/<directory>"]}'
+        )
+    return {namespace: frozenset(entries) for namespace, entries in found.items()}
+
+
+def _is_list_of_text(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _port(environment: Mapping[str, str], variable: str, default: int) -> int:

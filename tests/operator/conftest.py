@@ -173,7 +173,7 @@ def build() -> SimpleNamespace:
         assert status is not None
         return {c["type"]: c for c in status["status"]["conditions"]}
 
-    settings = Settings(loader_image="loader:1")
+    settings = Settings("loader:1", {"*": frozenset({"*"})})
     return Builders(
         now=NOW,
         settings=settings,

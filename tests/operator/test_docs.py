@@ -1,4 +1,4 @@
-"""docs/conditions.md knows every condition and every reason."""
+"""docs/conditions.md knows every condition and every reason, docs/troubleshooting.md what to do."""
 
 import re
 from pathlib import Path
@@ -13,16 +13,48 @@ MADE = re.compile(
     r'\b(?:holds|waiting|problem|Draft)\(\s*(?:"\w+",\s*|FALSE,\s*|UNKNOWN,\s*)?"([A-Z]\w+)"'
 )
 FALLBACK = re.compile(r'camel_case\([^\n]*"([A-Z]\w+)"\)')
+# the last argument of a refusal by FSx's rules, and the default of it
+REFUSED = re.compile(r'^\s+"([A-Z][a-z]\w+|S3\w+)",?\n\s+\)|reason: str = "(\w+)"', re.MULTILINE)
+VOLUME_MODULES = ("volume", "fsx", "provisioning")
+REJECTIONS = {"Invalid", "NameConflict", "Forbidden", "KindNotServed"}
 
 
-def reasons() -> set[str]:
-    text = "\n".join(path.read_text() for path in PLAN.glob("*.py"))
-    return {*MADE.findall(text), *FALLBACK.findall(text)} - {"True", "False", "Unknown"}
+def reasons(*modules: str) -> set[str]:
+    """Reasons that the modules of the plan make; all of them without a name."""
+    paths = [PLAN / f"{module}.py" for module in modules] or PLAN.glob("*.py")
+    text = "\n".join(path.read_text() for path in paths)
+    refused = {word for words in REFUSED.findall(text) for word in words if word}
+    return {*MADE.findall(text), *FALLBACK.findall(text), *refused} - {"True", "False", "Unknown"}
+
+
+def section(page: str, heading: str) -> str:
+    text = (ROOT / "docs" / page).read_text()
+    level = heading.split(maxsplit=1)[0]
+    return re.split(rf"^{level} ", text.split(f"\n{heading}\n", 1)[1], flags=re.MULTILINE)[0]
 
 
 def test_every_reason_and_condition_is_documented() -> None:
     text = (ROOT / "docs/conditions.md").read_text()
-    known = set(re.findall(r"`([A-Za-z]+)…?`", text))
+    known = set(re.findall(r"`([A-Za-z0-9]+)…?`", text))
     assert len(reasons()) > 35
     assert reasons() - known == set()
     assert {str(kind) for kind in ConditionType} <= known
+
+
+def test_the_reasons_of_volume_ready_are_a_closed_list() -> None:
+    made = reasons(*VOLUME_MODULES)
+    assert len(made) > 20
+    table = section("conditions.md", "### VolumeReady")
+    cells = "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", cells)) == made
+    headings = re.findall(r"^### (\w+)$", section("troubleshooting.md", "## VolumeReady"), re.M)
+    assert set(headings) == made
+    assert len(headings) == len(made)
+
+
+def test_each_section_of_the_troubleshooting_says_something() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    parts = re.split(r"^### (\w+)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert sections.keys() >= REJECTIONS
+    assert [name for name, body in sections.items() if len(body.strip()) < 15] == []

@@ -24,7 +24,7 @@ from headrace_operator.settings import ProcessSettings
 
 def test_settings_have_defaults() -> None:
     settings = ProcessSettings.from_environment({"HEADRACE_LOADER_IMAGE": "loader:1"})
-    assert settings == ProcessSettings("loader:1", (), 9402, 8080)
+    assert settings == ProcessSettings("loader:1", (), {}, 9402, 8080)
 
 
 def test_namespaces_are_listed() -> None:

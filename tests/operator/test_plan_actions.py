@@ -13,7 +13,11 @@ from headrace_operator.plan.volume import is_orphan
 STATIC = {
     "volume": {
         "existingClaim": None,
-        "static": {"fileSystemId": "fs-01234567", "dnsName": "d", "capacityGiB": 1},
+        "static": {
+            "fileSystemId": "fs-01234567",
+            "dnsName": "fs-01234567.fsx.eu-central-1.amazonaws.com",
+            "capacityGiB": 1,
+        },
     }
 }
 GPU = {"gpu": {"sharing": "ResourceClaim"}, "loading": {"path": "Prefer"}}
@@ -190,15 +194,18 @@ def test_what_rolls_the_pods(build: SimpleNamespace, change: Any, rolls: bool) -
 def test_a_static_volume_is_made_before_the_job(build: SimpleNamespace) -> None:
     resource = build.resource(STATIC)
     assert needs(resource).volume == "ns.tiny-weights"
-    assert kinds(build.plan(resource, Observed())) == ["PersistentVolume", "PersistentVolumeClaim"]
+    assert kinds(build.plan(resource, Observed())) == ["PersistentVolumeClaim", "PersistentVolume"]
     bound = Observed(claim=build.claim("tiny-weights"), source_claim=build.claim("models"))
-    expected = ["PersistentVolume", "PersistentVolumeClaim", "Job"]
+    expected = ["PersistentVolumeClaim", "PersistentVolume", "Job"]
     assert kinds(build.plan(resource, bound)) == expected
 
 
 def test_a_released_volume_is_replaced(build: SimpleNamespace) -> None:
-    volume = {"metadata": {"uid": "uid-pv"}, "status": {"phase": "Released"}}
-    result = build.plan(build.resource(STATIC), Observed(volume=volume))
+    resource = build.resource(STATIC)
+    volume = of_kind(build.plan(resource, Observed()), "PersistentVolume")
+    volume["metadata"] |= {"uid": "uid-pv"}
+    volume["status"] = {"phase": "Released"}
+    result = build.plan(resource, Observed(volume=volume))
     assert result.delete == (Deletion("PersistentVolume", "ns.tiny-weights", None, "uid-pv"),)
     assert kinds(result) == []
 
@@ -223,6 +230,7 @@ def orphan() -> dict[str, Any]:
 
 def test_only_a_released_volume_of_ours_that_keeps_its_data_is_an_orphan() -> None:
     assert is_orphan(orphan(), is_wanted=False)
+    assert is_orphan(orphan() | {"status": {"phase": "Available"}}, is_wanted=False)
     assert not is_orphan(orphan(), is_wanted=True)
     for path, value in (
         (("metadata", "name"), "other"),

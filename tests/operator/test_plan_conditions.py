@@ -14,7 +14,11 @@ CRASH = {"exitCode": 1, "reason": "Error"}
 STATIC = {
     "volume": {
         "existingClaim": None,
-        "static": {"fileSystemId": "fs-01234567", "dnsName": "d", "capacityGiB": 1},
+        "static": {
+            "fileSystemId": "fs-01234567",
+            "dnsName": "fs-01234567.fsx.eu-central-1.amazonaws.com",
+            "capacityGiB": 1,
+        },
     }
 }
 DYNAMIC = {
@@ -41,7 +45,7 @@ def expect(condition: dict[str, Any], status: str, reason: str, *fragments: str)
         ({}, {"phase": "Pending"}, "False", "ClaimPending", "not bound yet"),
         ({}, {"phase": "Lost"}, "False", "ClaimLost", "restore"),
         ({}, {"accessModes": ["ReadOnlyMany"]}, "False", "ClaimReadOnly", "ReadOnlyMany"),
-        (DYNAMIC, None, "False", "DynamicProvisioningUnsupported", "spec.volume.static"),
+        (DYNAMIC, None, "False", "StorageClassNotFound", '"x": there is no such StorageClass'),
         (STATIC, None, "False", "ClaimCreating", "tiny-weights"),
         (STATIC, {"name": "tiny-weights"}, "True", "Bound", "tiny-weights"),
     ],

@@ -126,7 +126,11 @@ def resources(draw: st.DrawFn, build: SimpleNamespace) -> Any:
                 {
                     "volume": {
                         "existingClaim": None,
-                        "static": {"fileSystemId": "fs-01234567", "dnsName": "x", "capacityGiB": 1},
+                        "static": {
+                            "fileSystemId": "fs-01234567",
+                            "dnsName": "fs-01234567.fsx.eu-central-1.amazonaws.com",
+                            "capacityGiB": 1,
+                        },
                     }
                 },
                 {

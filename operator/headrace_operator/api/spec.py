@@ -17,6 +17,12 @@ from headrace_operator.api.rules import every, matches, object_name, rule, rules
 MAX_TENSOR_PARALLEL_SIZE = 64
 
 _SOURCE = "spec.model.source"
+_DIRECTORY = "^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$"
+# Options of mount.lustre(8) that neither name files of the node nor reach beyond the mount.
+_MOUNT_OPTION = (
+    "^(no)?(flock|lazystatfs|user_xattr|user_fid2path|checksum|verbose|atime|diratime)$|"
+    "^(localflock|always_ping|relatime|nosuid|nodev|noexec|rw|_netdev|retry=[0-9]{1,3})$"
+)
 
 
 class Model(Part):
@@ -123,7 +129,7 @@ class StaticVolume(Part):
     dns_name: Annotated[str, Field(max_length=253)] = Field(
         json_schema_extra=object_name("spec.volume.static.dnsName")
     )
-    """DNS name of the file system."""
+    """DNS name of the file system: <fileSystemId>.fsx.<region>.amazonaws.com."""
     mount_name: Annotated[str, Field(max_length=32)] = Field(
         default="fsx",
         json_schema_extra=matches(
@@ -133,6 +139,18 @@ class StaticVolume(Part):
         ),
     )
     """Mount name of the file system."""
+    sub_path: Annotated[str, Field(max_length=512)] = Field(
+        default="",
+        json_schema_extra=rules(
+            rule(
+                f"self == '' || self.matches('{_DIRECTORY}')",
+                "spec.volume.static.subPath",
+                'must be a relative directory, no component of which starts with "."; give a path '
+                "such as team-a/models",
+            )
+        ),
+    )
+    """Directory of the file system to mount; it has to exist. Empty: all of it."""
     capacity_gib: Annotated[int, Field(ge=1, le=10_000_000, alias="capacityGiB")]
     """Capacity of the file system in GiB, for the volume's bookkeeping."""
     mount_options: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=16)] = (
@@ -140,25 +158,30 @@ class StaticVolume(Part):
             default=["flock"],
             json_schema_extra=rules(
                 every(
-                    "e.matches('^[A-Za-z0-9_.:=-]+$')",
+                    f"e.matches('{_MOUNT_OPTION}')",
                     "spec.volume.static.mountOptions",
-                    "must be one mount option; give one option per item",
+                    "must be a mount option of Lustre clients that touches this mount alone; give "
+                    "one option per item",
                 )
             ),
         )
     )
-    """Mount options."""
+    """Mount options, such as flock, noatime, nosuid or retry=3."""
 
 
 class DynamicVolume(Part):
-    """A file system that a StorageClass provisions."""
+    """A file system that a StorageClass provisions, once."""
 
     storage_class_name: Annotated[str, Field(max_length=253)] = Field(
         json_schema_extra=object_name("spec.volume.dynamic.storageClassName")
     )
     """StorageClass of the claim."""
-    capacity_gib: Annotated[int, Field(ge=1200, le=10_000_000, alias="capacityGiB")]
-    """Capacity to provision in GiB."""
+    capacity_gib: Annotated[int, Field(ge=1, le=10_000_000, alias="capacityGiB")]
+    """Capacity to provision in GiB, a size that FSx has: it is never rounded."""
+    reclaim_policy: Literal["Retain", "Delete"] = "Retain"
+    """What becomes of the file system with the ModelDeployment. Retain: the claim stays, and a
+    ModelDeployment of the same name goes on with it. Delete: the claim goes, and all data with
+    it. The StorageClass must have the same reclaimPolicy."""
 
 
 _KINDS_GIVEN = "[has(self.existingClaim), has(self.static), has(self.dynamic)].filter(x, x).size()"
@@ -190,12 +213,12 @@ class Volume(Part):
     static: StaticVolume | None = None
     """Make a volume and a claim for an existing file system. Cannot be changed."""
     dynamic: DynamicVolume | None = None
-    """Provision a file system; not done in this version."""
+    """Provision a file system, which costs money from then on."""
     root: Annotated[str, Field(max_length=512)] = Field(
         default="headrace",
         json_schema_extra=rules(
             rule(
-                "self.matches('^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$')",
+                f"self.matches('{_DIRECTORY}')",
                 "spec.volume.root",
                 'must be a relative directory, no component of which starts with "."; give a path '
                 "such as headrace or team/headrace",

@@ -56,6 +56,10 @@ class VolumeStatus(Part):
 
     claim_name: str
     """Claim that the pods mount."""
+    claim_uid: Annotated[str | None, Field(alias="claimUID")] = None
+    """UID of that claim; a provisioned one that was deleted is not made again."""
+    volume_name: str | None = None
+    """PersistentVolume that the claim is bound to."""
 
 
 class ModelDeploymentStatus(Part):

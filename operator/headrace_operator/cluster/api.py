@@ -174,6 +174,8 @@ def _error(what: str, status: int, content: bytes, retry_after: str) -> errors.A
     is_status = isinstance(body, dict) and body.get("kind") == "Status"
     message = body.get("message") if is_status else content[:200].decode(errors="replace")
     explanation = str(message or f"status {status}").strip()
+    if status == 404 and text(body, "details", "kind") == "namespaces":
+        return errors.NamespaceTerminating(explanation)  # gone already, by force
     if status == 404:
         # An unknown kind is answered by the mux, without a Status object.
         return errors.NotFound(explanation) if is_status else errors.KindNotServed(what)

@@ -10,7 +10,6 @@ from headrace_operator.cluster.kinds import (
     DEPLOYMENT,
     EVENT,
     MODEL_DEPLOYMENT,
-    VOLUME,
     WATCHED,
     Kind,
     kind_named,
@@ -26,10 +25,11 @@ from headrace_operator.errors import (
     NotFound,
 )
 from headrace_operator.plan import Deletion, Desired, Plan, Rejection, Scale, Transition
-from headrace_operator.plan.names import NAMESPACE_LABEL, OWNER_LABEL, digest
+from headrace_operator.plan.names import MANAGED_BY_LABEL, OWNER_LABEL, digest
 from headrace_operator.plan.objects import (
     controller_uid,
     format_time,
+    items,
     mapping,
     name_of,
     text,
@@ -132,12 +132,12 @@ class Executor:
         kind, name = kind_named(body["kind"]), name_of(body)
         try:
             live = await self._live(resource, kind, body)
-            if live is not None and not _is_ours(resource, kind, live):
-                message = "exists and is controlled by another object; delete or rename one of them"
+            if live is not None and not _is_ours(resource, body, live):
+                message = f"exists and {_whose(live)}; delete or rename one of them"
                 return Rejection(kind.name, name, NAME_CONFLICT, message)
             if live is not None and (desired.once or self._is_applied(body, live)):
                 return None
-            written = await self._api.apply(body)
+            written = await self._api.apply(_with_uid(body, live))
         except _FOR_GOOD as error:
             return Rejection(kind.name, name, error.reason, str(error))
         if kind in WATCHED:
@@ -172,15 +172,33 @@ class Executor:
         _logger.info("scaled Deployment %s to %d", scale.name, scale.replicas)
 
 
-def _is_ours(resource: Object, kind: Kind, live: Object) -> bool:
-    if kind is not VOLUME:
+def _is_ours(resource: Object, body: Mapping[str, Any], live: Object) -> bool:
+    if "ownerReferences" in body["metadata"]:
         return controller_uid(live) == uid_of(resource)
-    # A cluster-wide object cannot be owned by a namespaced one.
-    labels = {
-        NAMESPACE_LABEL: text(resource, "metadata", "namespace"),
-        OWNER_LABEL: name_of(resource),
-    }
-    return _holds(labels, mapping(live, "metadata", "labels"))
+    # Without an owner are volumes, which a namespaced object cannot own, and claims that
+    # outlive the ModelDeployment: they are told by all of their labels.
+    labels = body["metadata"]["labels"]
+    return not controller_uid(live) and _holds(labels, mapping(live, "metadata", "labels"))
+
+
+def _whose(live: Object) -> str:
+    """Say whose an object is that has the name of a child."""
+    owners = items(live, "metadata", "ownerReferences")
+    owner = next((o for o in owners if o.get("controller") is True), None)
+    if owner is not None:
+        return f"is controlled by {text(owner, 'kind')} {text(owner, 'name')}"
+    labels = mapping(live, "metadata", "labels")
+    if text(labels, OWNER_LABEL):
+        return f"is left over from a ModelDeployment {text(labels, OWNER_LABEL)}, without an owner"
+    manager = text(labels, MANAGED_BY_LABEL)
+    return f"is managed by {manager}" if manager else "was made by someone else"
+
+
+def _with_uid(body: Mapping[str, Any], live: Object | None) -> Mapping[str, Any]:
+    """Let the API server refuse the write if the object is another one by now."""
+    if live is None:
+        return body
+    return {**body, "metadata": {**body["metadata"], "uid": uid_of(live)}}
 
 
 def _mark(body: Mapping[str, Any], live: Object) -> tuple[str, str]:

@@ -42,6 +42,7 @@ POD = Kind("Pod", "", "v1", "pods")
 CLAIM = Kind("PersistentVolumeClaim", "", "v1", "persistentvolumeclaims")
 CLAIM_TEMPLATE = Kind("ResourceClaimTemplate", "resource.k8s.io", "v1", "resourceclaimtemplates")
 VOLUME = Kind("PersistentVolume", "", "v1", "persistentvolumes", namespaced=False)
+STORAGE_CLASS = Kind("StorageClass", "storage.k8s.io", "v1", "storageclasses", namespaced=False)
 NODE = Kind("Node", "", "v1", "nodes", namespaced=False)
 EVENT = Kind("Event", "", "v1", "events")
 
@@ -49,7 +50,7 @@ CHILDREN = (JOB, DEPLOYMENT, SERVICE, POD, CLAIM, CLAIM_TEMPLATE)
 """Kinds that are watched, by the label of their ModelDeployment."""
 WATCHED = (MODEL_DEPLOYMENT, *CHILDREN)
 
-_BY_NAME = {kind.name: kind for kind in (*WATCHED, VOLUME, NODE, EVENT)}
+_BY_NAME = {kind.name: kind for kind in (*WATCHED, VOLUME, STORAGE_CLASS, NODE, EVENT)}
 
 
 def kind_named(name: str) -> Kind:

@@ -1,5 +1,6 @@
 """Observation of one ModelDeployment: its children from the store, the rest by request."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -16,21 +17,32 @@ from headrace_operator.cluster.kinds import (
     NODE,
     POD,
     SERVICE,
+    STORAGE_CLASS,
     VOLUME,
     Kind,
 )
 from headrace_operator.cluster.loaders import Loaders
 from headrace_operator.cluster.store import Store, key_of
 from headrace_operator.errors import Forbidden, NotFound
-from headrace_operator.plan import Observed, needs
-from headrace_operator.plan.failures import stuck
-from headrace_operator.plan.objects import controller_uid, mapping, text, uid_of
+from headrace_operator.plan import Needs, Observed, needs
+from headrace_operator.plan.failures import stuck, stuck_claims
+from headrace_operator.plan.fsx import DRIVER
+from headrace_operator.plan.objects import (
+    at,
+    controller_uid,
+    is_deleting,
+    mapping,
+    name_of,
+    text,
+    uid_of,
+)
 from headrace_operator.plan.serving import loader_addresses
 from headrace_operator.plan.serving_pod import GPU_RESOURCE
 
 _T = TypeVar("_T")
 _CLUSTER_FACTS_SECONDS = 60.0
 _MAX_EVENTS = 20
+_POLICY = "persistentVolumeReclaimPolicy"
 
 
 class Observer:
@@ -40,6 +52,7 @@ class Observer:
         self._api = api
         self._store = store
         self._gpus_of_nodes = _Cached(self._list_gpus_of_nodes)
+        self._volumes = _Cached(self._list_volumes)
         self._loaders = Loaders()
         self._dra_served = _Cached(lambda: api.serves(CLAIM_TEMPLATE))
 
@@ -49,10 +62,13 @@ class Observer:
         key = key_of(resource)
         pods = tuple(self._store.children(POD, key))
         jobs = self._owned(JOB, resource)
+        claim = await self._get(CLAIM, wanted.claim, key.namespace)
+        storage_class, unreadable = await self._storage_class(wanted, claim)
         observed = Observed(
-            claim=await self._get(CLAIM, wanted.claim, key.namespace),
+            claim=claim,
             source_claim=await self._get(CLAIM, wanted.source_claim, key.namespace),
-            volume=await self._get(VOLUME, wanted.volume, None),
+            volume=await self._volume_of(wanted, claim),
+            storage_class=storage_class,
             jobs=jobs,
             deployment=next(iter(self._owned(DEPLOYMENT, resource)), None),
             service=next(iter(self._owned(SERVICE, resource)), None),
@@ -61,9 +77,10 @@ class Observer:
             pods=pods,
             gpus_of_nodes=await self._gpus_of_nodes.get() if wanted.gpus_of_nodes else None,
             dra_served=await self._dra_served.get() if wanted.dra_served else None,
+            unreadable=unreadable,
             warnings={
                 uid_of(body): event
-                for body in stuck(pods, jobs, now)
+                for body in (*stuck(pods, jobs, now), *stuck_claims(claim, now))
                 if (event := await self._last_warning(body)) is not None
             },
         )
@@ -84,6 +101,35 @@ class Observer:
         except NotFound:
             return None
 
+    async def _storage_class(
+        self, wanted: Needs, claim: Object | None
+    ) -> tuple[Object | None, frozenset[str]]:
+        """Return the StorageClass of a claim that is still to be made."""
+        if claim is not None:
+            return None, frozenset()
+        try:
+            return await self._get(STORAGE_CLASS, wanted.storage_class, None), frozenset()
+        except Forbidden:
+            return None, frozenset({STORAGE_CLASS.name})
+
+    async def _volume_of(self, wanted: Needs, claim: Object | None) -> Object | None:
+        """Return the claim's volume if there is something to tell of it, or the static one."""
+        if text(claim, "status", "phase") == "Bound":
+            volumes = await self._volumes.get()
+            return mapping(volumes).get(text(claim, "spec", "volumeName"))
+        try:
+            return await self._get(VOLUME, wanted.volume, None)
+        except Forbidden:
+            return None  # making it is refused as well, and that is told
+
+    async def _list_volumes(self) -> Mapping[str, Object]:
+        """Return the volumes that are ill or provisioned for us: one request for everyone."""
+        try:
+            volumes = (await self._api.list(VOLUME)).objects
+        except Forbidden:
+            return {}
+        return {name_of(v): _essence(v) for v in volumes if _is_worth_telling(v)}
+
     async def _last_warning(self, body: Mapping[str, Any]) -> Object | None:
         listing = await self._api.list(
             EVENT,
@@ -103,6 +149,21 @@ class Observer:
         return frozenset(int(count) for count in counts if count.isdigit() and count != "0")
 
 
+def _is_worth_telling(volume: Object) -> bool:
+    is_ours = text(volume, "spec", "csi", "driver") == DRIVER
+    return is_ours or is_deleting(volume) or text(volume, "status", "phase") == "Failed"
+
+
+def _essence(volume: Object) -> Object:
+    """Return the few fields that are looked at, as there may be tens of thousands of volumes."""
+    metadata, spec = ("name", "labels", "deletionTimestamp"), ("claimRef", "csi", _POLICY)
+    return {
+        "metadata": {k: volume["metadata"].get(k) for k in metadata},
+        "spec": {k: at(volume, "spec", k) for k in spec},
+        "status": mapping(volume, "status"),
+    }
+
+
 def _event_time(event: Object) -> str:
     return (
         text(event, "series", "lastObservedTime")
@@ -119,9 +180,11 @@ class _Cached(Generic[_T]):
         self._fetch = fetch
         self._value: _T | None = None
         self._expires = 0.0
+        self._fetching = asyncio.Lock()
 
     async def get(self) -> _T | None:
-        if time.monotonic() >= self._expires:
-            self._value = await self._fetch()
-            self._expires = time.monotonic() + _CLUSTER_FACTS_SECONDS
+        async with self._fetching:
+            if time.monotonic() >= self._expires:
+                self._value = await self._fetch()
+                self._expires = time.monotonic() + _CLUSTER_FACTS_SECONDS
         return self._value

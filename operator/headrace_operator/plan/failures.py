@@ -22,6 +22,8 @@ from headrace_operator.plan.termination import termination_of
 
 STUCK_SECONDS = 15.0
 """How long a pod may stand still before its events are looked up."""
+CLAIM_SECONDS = 3.0
+"""How long a claim may be pending before its events are looked up."""
 _MAX_STUCK = 2
 _STARTING = frozenset({"", "ContainerCreating", "PodInitializing"})
 _PLAIN_EXITS = frozenset({"", "Error", "Completed"})
@@ -82,6 +84,13 @@ def stuck(pods: Iterable[Object], jobs: Iterable[Object], now: datetime) -> tupl
             and age_seconds(job, now) > STUCK_SECONDS
         ]
     return tuple(sorted(found, key=name_of)[:_MAX_STUCK])
+
+
+def stuck_claims(claim: Object | None, now: datetime) -> tuple[Object, ...]:
+    """Return the claim if it has not been bound for longer than binding takes."""
+    is_pending = claim is not None and text(claim, "status", "phase") == "Pending"
+    is_old = age_seconds(claim, now) > CLAIM_SECONDS
+    return (claim,) if claim is not None and is_pending and is_old else ()
 
 
 def _is_waiting(pod: Object) -> bool:

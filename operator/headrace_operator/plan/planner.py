@@ -44,7 +44,7 @@ from headrace_operator.plan.serving import (
     refusal,
     weights_resident,
 )
-from headrace_operator.plan.volume import claim_name, desired_volume, volume_name, volume_ready
+from headrace_operator.plan.volume import Volume, claim_name, plan_volume, volume_name
 from headrace_operator.plan.workload import Workload, is_rolled_out, plan_workload, selector
 from headrace_operator.plan.world import NAME_CONFLICT, Needs, Observed, Plan, Settings
 
@@ -54,7 +54,20 @@ _RECHECK_SECONDS = 5.0
 # Why these last is told only by events, which are looked up once it has lasted; a loader that
 # did not answer is asked again.
 _STANDING = frozenset({"ShardJobStarting", "PodsStarting", "LoaderUnreachable"})
-_UNWATCHED = frozenset({"ClaimNotFound", "ClaimPending", "ClaimTerminating", "SourceClaimNotFound"})
+_UNWATCHED = frozenset(
+    {
+        "ClaimCreating",
+        "ClaimNotFound",
+        "ClaimPending",
+        "ClaimStuck",
+        "ClaimTerminating",
+        "Provisioning",
+        "ProvisioningFailed",
+        "SourceClaimNotFound",
+        "StorageClassNotFound",
+        "VolumeMismatch",
+    }
+)
 
 _SUMMARISED = (
     ConditionType.VOLUME_READY,
@@ -73,6 +86,7 @@ def needs(resource: Object) -> Needs:
         claim=claim_name(resource, spec),
         source_claim=source_parts(spec.model.source)[0] or None,
         volume=volume_name(resource) if spec.volume.static is not None else None,
+        storage_class=spec.volume.dynamic.storage_class_name if spec.volume.dynamic else None,
         gpus_of_nodes=spec.gpu.sharing == "WholeNode",
         dra_served=spec.gpu.sharing == "ResourceClaim",
         loaded_paths=may_be_direct(spec),
@@ -91,15 +105,15 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
     if isinstance(spec, ValidationError):
         return _plan_of_invalid(resource, spec, now)
     claim = claim_name(resource, spec)
-    volume_objects, volume_deletions = desired_volume(resource, spec, observed)
+    volume = plan_volume(resource, spec, observed, settings)
     checkpoint = plan_checkpoint(resource, spec, claim, observed, settings)
     may_roll = checkpoint.is_ready and refusal(spec, observed) is None
     workload = plan_workload(resource, spec, claim, observed, settings, may_roll=may_roll)
-    drafts = _drafts(resource, spec, observed, checkpoint, workload)
-    status = _status(resource, spec, claim, observed, checkpoint)
+    drafts = _drafts(spec, observed, volume, checkpoint, workload)
+    status = _status(resource, spec, volume, observed, checkpoint)
     return Plan(
-        apply=(*volume_objects, *checkpoint.apply, *workload.apply),
-        delete=(*volume_deletions, *checkpoint.delete, *workload.delete),
+        apply=(*volume.apply, *checkpoint.apply, *workload.apply),
+        delete=(*volume.delete, *checkpoint.delete, *workload.delete),
         scale=workload.scale,
         status=_document(resource, status, drafts, now),
         transitions=transitions(resource, drafts),
@@ -127,15 +141,15 @@ def _plan_of_invalid(resource: Object, error: ValidationError, now: datetime) ->
 
 
 def _drafts(
-    resource: Object,
     spec: ModelDeploymentSpec,
     observed: Observed,
+    volume: Volume,
     checkpoint: Checkpoint,
     workload: Workload,
 ) -> dict[ConditionType, Draft]:
     resident = weights_resident(spec, observed, checkpoint_is_ready=checkpoint.is_ready)
     drafts = {
-        ConditionType.VOLUME_READY: volume_ready(resource, spec, observed),
+        ConditionType.VOLUME_READY: volume.draft,
         ConditionType.CHECKPOINT_READY: checkpoint.draft,
         ConditionType.WEIGHTS_RESIDENT: resident,
         ConditionType.AVAILABLE: available(spec, observed, resident=resident.holds),
@@ -168,7 +182,7 @@ def _ready(
 def _status(
     resource: Object,
     spec: ModelDeploymentSpec,
-    claim: str | None,
+    volume: Volume,
     observed: Observed,
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
@@ -184,7 +198,7 @@ def _status(
             "job": job_name(name_of(resource), spec),
             **total,
         },
-        **({} if claim is None else {"volume": {"claimName": claim}}),
+        "volume": volume.status,
     }
 
 

@@ -15,6 +15,8 @@ class Settings:
     """Settings of the operator that reach into the objects it makes."""
 
     loader_image: str
+    static_volumes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """File systems that spec.volume.static may name, by namespace; "*" stands for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +43,16 @@ class Observed:
     """The children of one ModelDeployment and what else its plan depends on.
 
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
-    are controlled by the ModelDeployment. `warnings` holds the latest warning event by the
-    UID of a stuck pod or Job, `loaded_paths` what the loaders tell, by the UID of their pod.
-    None means unknown, or not there.
+    are controlled by the ModelDeployment. `volume` is the static volume, or the one that the
+    claim is bound to. `warnings` holds the latest warning event by the UID of a stuck pod, Job
+    or claim, `loaded_paths` what the loaders tell, by the UID of their pod. None means unknown,
+    or not there; `unreadable` has the kinds that the operator may not read.
     """
 
     claim: Object | None = None
     source_claim: Object | None = None
     volume: Object | None = None
+    storage_class: Object | None = None
     jobs: tuple[Object, ...] = ()
     deployment: Object | None = None
     service: Object | None = None
@@ -60,6 +64,7 @@ class Observed:
     warnings: Mapping[str, Object] = field(default_factory=dict)
     loaded_paths: Mapping[str, LoadedPath] = field(default_factory=dict)
     rejections: tuple[Rejection, ...] = ()
+    unreadable: frozenset[str] = frozenset()
 
     def rejection(self, *kinds: str) -> Rejection | None:
         """Return the first rejection of a child of the given kinds."""
@@ -73,6 +78,7 @@ class Needs:
     claim: str | None = None
     source_claim: str | None = None
     volume: str | None = None
+    storage_class: str | None = None
     gpus_of_nodes: bool = False
     dra_served: bool = False
     loaded_paths: bool = False

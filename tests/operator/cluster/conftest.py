@@ -152,6 +152,7 @@ class Operator:
             **{k: v for k, v in os.environ.items() if k in ("PATH", "PYTHONPATH")},
             "KUBECONFIG": str(self.kubeconfig),
             "HEADRACE_LOADER_IMAGE": "loader:1",
+            "HEADRACE_STATIC_VOLUMES": '{"*": ["*"]}',
             "HEADRACE_LIVENESS_PORT": str(self.liveness_port),
             "HEADRACE_METRICS_PORT": str(self.metrics_port),
             **self.environment,
@@ -200,6 +201,7 @@ def node_stages(path: Path) -> Path:
 def install_rbac(cluster: Cluster, **values: str) -> None:
     """Install the chart's ServiceAccount and RBAC rules, and nothing else of it."""
     sets = [f"--set={name}={value}" for name, value in values.items()]
+    sets.append('--set-json=staticVolumes={"*": ["*"]}')
     shown = [f"--show-only=templates/{name}.yaml" for name in ("rbac", "serviceaccount")]
     manifest = cluster.run(
         [cluster.bin("helm"), "template", "headrace", CHART, "-n", SYSTEM, *sets, *shown]

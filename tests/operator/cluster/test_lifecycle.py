@@ -26,7 +26,11 @@ CONDITIONS = [
     "Ready",
     "DirectPath",
 ]
-STATIC = {"fileSystemId": "fs-01234567", "dnsName": "fs.example.com", "capacityGiB": 1200}
+STATIC = {
+    "fileSystemId": "fs-01234567",
+    "dnsName": "fs-01234567.fsx.eu-central-1.amazonaws.com",
+    "capacityGiB": 1200,
+}
 
 
 def serve(world: Any, kubelet: Any, count: int = 1, name: str = "tiny") -> list[Any]:

@@ -313,7 +313,9 @@ def test_with_a_role_in_two_namespaces_it_serves_those_alone(
         manifest = cluster.run(
             [
                 *(cluster.bin("helm"), "template", "headrace", chart, "-n", "headrace-system"),
-                *("--set", f"watchNamespaces={{{served}}}", "--show-only=templates/rbac.yaml"),
+                *("--set", f"watchNamespaces={{{served}}}"),
+                '--set-json=staticVolumes={"*": ["*"]}',
+                "--show-only=templates/rbac.yaml",
             ]
         )
         cluster.kubectl("apply", "-f", "-", stdin=manifest)

@@ -6,7 +6,11 @@ import pytest
 
 pytestmark = pytest.mark.cluster
 
-STATIC = {"fileSystemId": "fs-01234567", "dnsName": "fs.example.com", "capacityGiB": 1200}
+STATIC = {
+    "fileSystemId": "fs-01234567",
+    "dnsName": "fs-01234567.fsx.eu-central-1.amazonaws.com",
+    "capacityGiB": 1200,
+}
 DYNAMIC = {"storageClassName": "fsx", "capacityGiB": 1200}
 CLAIM = {"existingClaim": {"name": "weights"}}
 ENGINE = {"image": "vllm:cpu"}

@@ -26,7 +26,10 @@ ASKED_BY_ADMISSION = {("headrace.dev", "modeldeployments/finalizers", "update")}
 def granted(cluster: Cluster) -> set[Right]:
     """What the chart grants, in all its roles."""
     rendered = cluster.run(
-        [cluster.bin("helm"), "template", "headrace", CHART, "--show-only=templates/rbac.yaml"]
+        [
+            *(cluster.bin("helm"), "template", "headrace", CHART),
+            *('--set-json=staticVolumes={"*": ["*"]}', "--show-only=templates/rbac.yaml"),
+        ]
     )
     return {
         (group, resource, verb)

@@ -124,6 +124,15 @@ MODULES = (
         pin="helm.sh/helm/v4",
         stamps=("helm.sh/helm/v4/internal/version.version={version}",),
     ),
+    Module(
+        "fsx",
+        {
+            "csi-provisioner": (
+                "github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner"
+            ),
+            "fake-fsx-driver": "headrace.dev/tools/kube/fake-fsx-driver",
+        },
+    ),
     Module("versitygw", {"versitygw": "github.com/versity/versitygw/cmd/versitygw"}),
     Module(
         "prometheus",
