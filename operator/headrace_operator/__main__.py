@@ -51,7 +51,8 @@ async def _run(settings: ProcessSettings) -> None:
 
 async def _serve(settings: ProcessSettings, connection: Connection) -> None:
     store, health = Store(WATCHED), Health()
-    reconciler = Reconciler(connection.api, store, Settings(settings.loader_image), health)
+    own = Settings(settings.loader_image, settings.allowed_pod_fields)
+    reconciler = Reconciler(connection.api, store, own, health)
     queue = reconciler.queue
     resync = Resync(connection.api, store, queue, health, settings.namespace)
     # Before any work: a child that has not been seen yet would look like a missing one.

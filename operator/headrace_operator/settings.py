@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headrace_operator.errors import SettingsInvalid
+from headrace_operator.plan.overrides import DENIED_FIELDS
 
 _MAX_PORT = 65535
 
@@ -17,6 +18,8 @@ class ProcessSettings:
     """HEADRACE_LOADER_IMAGE: image of loader and sharder; required."""
     namespace: str | None
     """HEADRACE_WATCH_NAMESPACE: the one namespace to serve; all without it."""
+    allowed_pod_fields: frozenset[str]
+    """HEADRACE_ALLOWED_POD_FIELDS: denied fields of spec.pod that may be used, with commas."""
     metrics_port: int
     """HEADRACE_METRICS_PORT: port of the Prometheus metrics, 9402."""
     liveness_port: int
@@ -38,9 +41,22 @@ class ProcessSettings:
         return cls(
             loader_image=image,
             namespace=environment.get("HEADRACE_WATCH_NAMESPACE", "").strip() or None,
+            allowed_pod_fields=_pod_fields(environment),
             metrics_port=_port(environment, "HEADRACE_METRICS_PORT", 9402),
             liveness_port=_port(environment, "HEADRACE_LIVENESS_PORT", 8080),
         )
+
+
+def _pod_fields(environment: Mapping[str, str]) -> frozenset[str]:
+    variable = "HEADRACE_ALLOWED_POD_FIELDS"
+    fields = frozenset(filter(None, map(str.strip, environment.get(variable, "").split(","))))
+    unknown = sorted(fields - DENIED_FIELDS.keys())
+    if unknown:
+        raise SettingsInvalid(
+            f'{variable}: "{unknown[0]}": is no field that is denied; give some of '
+            f"{', '.join(DENIED_FIELDS)}"
+        )
+    return fields
 
 
 def _port(environment: Mapping[str, str], variable: str, default: int) -> int:

@@ -15,6 +15,8 @@ class Settings:
     """Settings of the operator that reach into the objects it makes."""
 
     loader_image: str
+    allowed_pod_fields: frozenset[str] = frozenset()
+    """Fields of spec.pod that are denied unless they are here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class Observed:
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
     are controlled by the ModelDeployment. `warnings` holds the latest warning event by the
     UID of a stuck pod or Job, `loaded_paths` what the loaders tell, by the UID of their pod.
-    None means unknown, or not there.
+    `deployment` is the LeaderWorkerSet where replicas span nodes, `replica_sets` the history of
+    the Deployment, looked up when its rollout has failed. None means unknown, or not there.
     """
 
     claim: Object | None = None
@@ -51,12 +54,16 @@ class Observed:
     volume: Object | None = None
     jobs: tuple[Object, ...] = ()
     deployment: Object | None = None
+    replica_sets: tuple[Object, ...] = ()
+    disruption_budget: Object | None = None
     service: Object | None = None
     claims: tuple[Object, ...] = ()
     claim_templates: tuple[Object, ...] = ()
     pods: tuple[Object, ...] = ()
     gpus_of_nodes: frozenset[int] | None = None
     dra_served: bool | None = None
+    device_classes: frozenset[str] | None = None
+    groups_served: bool | None = None
     warnings: Mapping[str, Object] = field(default_factory=dict)
     loaded_paths: Mapping[str, LoadedPath] = field(default_factory=dict)
     rejections: tuple[Rejection, ...] = ()
@@ -75,6 +82,8 @@ class Needs:
     volume: str | None = None
     gpus_of_nodes: bool = False
     dra_served: bool = False
+    device_classes: bool = False
+    groups_served: bool = False
     loaded_paths: bool = False
 
 
@@ -99,10 +108,11 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A Deployment of which only the number of replicas may change."""
+    """A Deployment or LeaderWorkerSet that keeps its template: what may change of the rest."""
 
+    kind: str
     name: str
-    replicas: int
+    spec: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
