@@ -18,12 +18,12 @@ class ProcessSettings:
     """HEADRACE_LOADER_IMAGE: image of loader and sharder; required."""
     namespace: str | None
     """HEADRACE_WATCH_NAMESPACE: the one namespace to serve; all without it."""
-    allowed_pod_fields: frozenset[str]
-    """HEADRACE_ALLOWED_POD_FIELDS: denied fields of spec.pod that may be used, with commas."""
     metrics_port: int
     """HEADRACE_METRICS_PORT: port of the Prometheus metrics, 9402."""
     liveness_port: int
     """HEADRACE_LIVENESS_PORT: port of /healthz, 8080."""
+    allowed_pod_fields: frozenset[str] = frozenset()
+    """HEADRACE_ALLOWED_POD_FIELDS: denied fields of spec.pod that may be used, with commas."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ProcessSettings":

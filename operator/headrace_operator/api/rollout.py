@@ -1,15 +1,16 @@
 """Parts of the ModelDeployment spec that say how replicas are replaced and kept."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from headrace_operator.api.parts import Part
 from headrace_operator.api.rules import INT_OR_STRING, rule, rules
 
 
-def _count(field: str) -> Any:
-    return Field(
+def _count(field: str) -> FieldInfo:
+    field_info: FieldInfo = Field(
         json_schema_extra={
             INT_OR_STRING: True,
             "pattern": "^(100|[0-9]{1,2})%$",
@@ -24,6 +25,7 @@ def _count(field: str) -> Any:
             ),
         }
     )
+    return field_info
 
 
 _NONE = "[dyn(0), dyn('0%')]"
@@ -44,7 +46,8 @@ class Rollout(Part):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                f"!(dyn(self.maxSurge) in {_NONE} && dyn(self.maxUnavailable) in {_NONE})",
+                f"!has(self.maxSurge) || !(dyn(self.maxSurge) in {_NONE} && "
+                f"dyn(self.maxUnavailable) in {_NONE})",
                 "spec.rollout",
                 "maxSurge and maxUnavailable must not both be 0, or nothing is ever replaced; "
                 "set one of them",
@@ -58,7 +61,7 @@ class Rollout(Part):
     of their own."""
     max_unavailable: Annotated[int | str, _count("spec.rollout.maxUnavailable")] = 1
     """Replicas below spec.replicas during a rollout, as a number or a percentage."""
-    progress_deadline_seconds: Annotated[int, Field(ge=60, le=86400)] = 3600
+    progress_deadline_seconds: Annotated[int, Field(ge=1, le=86400)] = 3600
     """Seconds in which another new replica must become ready. After them the rollout stops, and
     the last template all of whose replicas were ready comes back."""
     canary: Canary | None = None

@@ -92,7 +92,8 @@ class Parallelism(Part):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.tensorParallelSize % self.nodes == 0",
+                # An empty object, as the default is, is checked before it gets its own defaults.
+                "!has(self.nodes) || self.tensorParallelSize % self.nodes == 0",
                 "spec.parallelism.nodes",
                 "must divide tensorParallelSize: every node holds as many ranks; "
                 "change one of them",
@@ -100,6 +101,7 @@ class Parallelism(Part):
                 at=".nodes",
             ),
             rule(
+                "!has(self.nodes) || !has(oldSelf.nodes) || "
                 "(self.nodes > 1) == (oldSelf.nodes > 1)",
                 "spec.parallelism.nodes",
                 "a replica of one node cannot become one of several, nor the reverse: old and new "

@@ -36,6 +36,7 @@ from headrace_operator.plan.serving_pod import GPU_RESOURCE
 
 _T = TypeVar("_T")
 _CLUSTER_FACTS_SECONDS = 60.0
+_MISSING_FACTS_SECONDS = 5.0
 _MAX_EVENTS = 20
 
 
@@ -152,5 +153,7 @@ class _Cached(Generic[_T]):
     async def get(self) -> _T | None:
         if time.monotonic() >= self._expires:
             self._value = await self._fetch()
-            self._expires = time.monotonic() + _CLUSTER_FACTS_SECONDS
+            # What is missing may be on its way: someone installs a driver or a CRD.
+            kept = _CLUSTER_FACTS_SECONDS if self._value else _MISSING_FACTS_SECONDS
+            self._expires = time.monotonic() + kept
         return self._value

@@ -11,7 +11,7 @@ from headrace_operator.plan.names import (
     digest,
     metadata,
 )
-from headrace_operator.plan.objects import Object, name_of
+from headrace_operator.plan.objects import Object, at, name_of
 from headrace_operator.plan.rollout import Pin, canary_size, surges
 
 WORKER_INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
@@ -34,6 +34,7 @@ def deployment(
     spec: ModelDeploymentSpec,
     pin: Pin,
     template: dict[str, Any],
+    live: Object | None,
     *,
     canary: bool,
 ) -> dict[str, Any]:
@@ -45,6 +46,9 @@ def deployment(
     """
     rollout = spec.rollout
     seconds = rollout.canary.seconds if rollout.canary else 0
+    # The API server leaves out what is false or 0, so it is said only where that changes something.
+    switches = {"paused": rollout.paused, "minReadySeconds": seconds if canary else 0}
+    said = {name: v for name, v in switches.items() if v or at(live, "spec", name)}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -52,8 +56,7 @@ def deployment(
         "spec": {
             "replicas": spec.replicas,
             "revisionHistoryLimit": _HISTORY,
-            "paused": rollout.paused,
-            "minReadySeconds": seconds if canary else 0,
+            **said,
             "progressDeadlineSeconds": rollout.progress_deadline_seconds + seconds,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": _batches(spec, canary=canary)},
             "selector": {"matchLabels": selector(owner)},

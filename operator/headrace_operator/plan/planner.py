@@ -41,7 +41,7 @@ from headrace_operator.plan.objects import (
     text,
 )
 from headrace_operator.plan.overrides import refused_overrides
-from headrace_operator.plan.rollout import is_rolled_out
+from headrace_operator.plan.rollout import has_old_pods, is_rolled_out
 from headrace_operator.plan.serving import (
     SCALED_TO_ZERO,
     available,
@@ -185,7 +185,8 @@ def _ready(
     missing = next((drafts[kind] for kind in _SUMMARISED if not drafts[kind].holds), None)
     if missing is not None:
         return Draft(FALSE, missing.reason, missing.message, missing.problem)
-    if workload.is_current and is_rolled_out(observed.deployment, spec.replicas):
+    rolled_out = is_rolled_out(observed.deployment, spec.replicas) and not has_old_pods(observed)
+    if workload.is_current and rolled_out:
         done = holds("Serving", f"{spec.replicas} of {spec.replicas} replicas answer requests")
         return done if spec.replicas else SCALED_TO_ZERO
     failure = next(iter(failures(observed)), None)

@@ -72,6 +72,15 @@ def is_rolled_out(workload: Object | None, replicas: int) -> bool:
     )
 
 
+def has_old_pods(observed: Observed) -> bool:
+    """Whether a LeaderWorkerSet has pods of another template than its own."""
+    path = ("metadata", "annotations", SPEC_HASH_ANNOTATION)
+    template = mapping(observed.deployment, "spec", "leaderWorkerTemplate", "workerTemplate")
+    return bool(template) and any(
+        text(pod, *path) != text(template, *path) for pod in serving_pods(observed)
+    )
+
+
 def has_failed(workload: Object | None) -> bool:
     """Whether no replica became ready within the deadline, as the Deployment controller has it."""
     progressing = condition_of(workload, "Progressing")
@@ -150,6 +159,10 @@ def _ready_seconds(pod: Object, now: datetime) -> float | None:
 
 
 def _is_observed(workload: Object | None) -> bool:
+    status = mapping(workload, "status")
+    if "observedGeneration" not in status and "leaderWorkerTemplate" in mapping(workload, "spec"):
+        # LeaderWorkerSet tells it since 0.9 only. Before, the pods have to tell (has_old_pods).
+        return bool(status)
     return integer(workload, "status", "observedGeneration") >= integer(
         workload, "metadata", "generation"
     )

@@ -117,7 +117,7 @@ def _plan_template(
     pin = Pin(str(VERSION), image, wanted, stable)
     canary = canary_state(spec, wanted, observed, now) if live is not None else None
     return replace(
-        _rendered(owner, spec, claim, pin, canary),
+        _rendered(owner, spec, claim, pin, live, canary),
         delete=_stale(owner, spec, observed, claim) if is_current else (),
         is_current=is_current,
         has_failed=failed,
@@ -129,6 +129,7 @@ def _rendered(
     spec: ModelDeploymentSpec,
     claim: str,
     pin: Pin,
+    live: Object | None,
     canary: CanaryState | None,
 ) -> Workload:
     claims = claim_template(owner, spec)
@@ -148,7 +149,8 @@ def _rendered(
         leader, worker = template(Role.LEADER), template(Role.WORKER)
         body = group_set(owner, spec, pin, leader, worker, canary=canary is not None)
     else:
-        body = deployment(owner, spec, pin, template(Role.WHOLE), canary=canary is not None)
+        whole = template(Role.WHOLE)
+        body = deployment(owner, spec, pin, whole, live, canary=canary is not None)
     desired = [Desired(body), Desired(service(owner, spec))]
     if claims is not None:
         desired.insert(0, Desired(claims, once=True))
@@ -167,7 +169,8 @@ def _rolled_back(
         template = mapping(replica_set, "spec", "template")
         if pin.spec_hash == stable and template:
             pin = Pin(pin.version, pin.loader_image, stable, stable, rolled_back=given_up)
-            return deployment(owner, spec, pin, _without_hash(template), canary=False)
+            body = _without_hash(template)
+            return deployment(owner, spec, pin, body, observed.deployment, canary=False)
     return None
 
 
