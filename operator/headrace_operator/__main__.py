@@ -51,7 +51,7 @@ async def _run(settings: ProcessSettings) -> None:
 
 async def _serve(settings: ProcessSettings, connection: Connection) -> None:
     store, health = Store(WATCHED), Health()
-    planning = Settings(settings.loader_image, settings.static_volumes)
+    planning = Settings(settings.loader_image, settings.static_volumes, settings.allowed_pod_fields)
     reconciler = Reconciler(connection.api, store, planning, health)
     queue = reconciler.queue
     resync = Resync(connection.api, store, queue, health, settings.namespaces)

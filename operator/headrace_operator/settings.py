@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headrace_operator.errors import SettingsInvalid
+from headrace_operator.plan.overrides import DENIED_FIELDS
 
 _MAX_PORT = 65535
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -27,6 +28,8 @@ class ProcessSettings:
     """HEADRACE_METRICS_PORT: port of the Prometheus metrics, 9402."""
     liveness_port: int
     """HEADRACE_LIVENESS_PORT: port of /healthz, 8080."""
+    allowed_pod_fields: frozenset[str] = frozenset()
+    """HEADRACE_ALLOWED_POD_FIELDS: denied fields of spec.pod that may be used, with commas."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ProcessSettings":
@@ -45,6 +48,7 @@ class ProcessSettings:
             loader_image=image,
             namespaces=_namespaces(environment, "HEADRACE_WATCH_NAMESPACES"),
             static_volumes=_static_volumes(environment.get("HEADRACE_STATIC_VOLUMES", "")),
+            allowed_pod_fields=_pod_fields(environment),
             metrics_port=_port(environment, "HEADRACE_METRICS_PORT", 9402),
             liveness_port=_port(environment, "HEADRACE_LIVENESS_PORT", 8080),
         )
@@ -76,6 +80,18 @@ def _static_volumes(value: str) -> Mapping[str, frozenset[str]]:
 
 def _is_list_of_text(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _pod_fields(environment: Mapping[str, str]) -> frozenset[str]:
+    variable = "HEADRACE_ALLOWED_POD_FIELDS"
+    fields = frozenset(filter(None, map(str.strip, environment.get(variable, "").split(","))))
+    unknown = sorted(fields - DENIED_FIELDS.keys())
+    if unknown:
+        raise SettingsInvalid(
+            f'{variable}: "{unknown[0]}": is no field that is denied; give some of '
+            f"{', '.join(DENIED_FIELDS)}"
+        )
+    return fields
 
 
 def _port(environment: Mapping[str, str], variable: str, default: int) -> int:

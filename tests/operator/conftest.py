@@ -9,6 +9,7 @@ import pytest
 
 from headrace_operator.plan import Observed, Settings, plan
 from headrace_operator.plan.names import checkpoint_key, job_name, labels
+from headrace_operator.plan.overrides import DENIED_FIELDS
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 SPEC: dict[str, Any] = {
@@ -173,7 +174,7 @@ def build() -> SimpleNamespace:
         assert status is not None
         return {c["type"]: c for c in status["status"]["conditions"]}
 
-    settings = Settings("loader:1", {"*": frozenset({"*"})})
+    settings = Settings("loader:1", {"*": frozenset({"*"})}, frozenset(DENIED_FIELDS))
     return Builders(
         now=NOW,
         settings=settings,

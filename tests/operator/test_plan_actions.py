@@ -70,13 +70,13 @@ def test_a_changed_model_shards_first_and_keeps_the_old_template(build: SimpleNa
     new = build.resource({"model": {"revision": "v2"}, "replicas": 3})
     observed = build.world(new, deployment=live, jobs=(build.done(old),))
     result = build.plan(new, observed)
-    assert kinds(result) == ["Job"]
-    assert result.scale == Scale("tiny", 3)
+    assert kinds(result) == ["Job", "PodDisruptionBudget"]
+    assert result.scale == Scale("Deployment", "tiny", {"replicas": 3})
     # the Job of the old checkpoint is done with
     assert [(d.kind, d.name) for d in result.delete] == [("Job", build.job_name(old))]
     published = replace(observed, jobs=(build.done(new),))
     result = build.plan(new, published)
-    assert kinds(result) == ["Deployment", "Service"]
+    assert kinds(result) == ["Deployment", "Service", "PodDisruptionBudget"]
     assert result.scale is None
     assert of_kind(result, "Deployment")["spec"]["replicas"] == 3
 
@@ -152,9 +152,9 @@ def test_an_operator_with_another_template_leaves_the_deployment_alone_but_scale
     result = build.plan(resource, observed)
     assert (kinds(result), result.scale) == ([], None)
     scaled = build.resource({"replicas": 4})
-    assert build.plan(scaled, observed).scale == Scale("tiny", 4)
+    assert build.plan(scaled, observed).scale == Scale("Deployment", "tiny", {"replicas": 4})
     # scaling is no change of the spec that the template depends on
-    assert kinds(build.plan(scaled, observed)) == []
+    assert kinds(build.plan(scaled, observed)) == ["PodDisruptionBudget"]
     changed = build.resource({"engine": {"args": ["--x"]}})
     body = of_kind(build.plan(changed, observed), "Deployment")
     assert body["metadata"]["annotations"]["headrace.dev/template-version"] == str(VERSION)

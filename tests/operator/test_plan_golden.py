@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from headrace_operator.plan import Observed
+from headrace_operator.plan import Observed, Scale
 from headrace_operator.plan.serving_pod import VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,7 +88,42 @@ CASES: dict[str, dict[str, Any]] = {
         "gpu": {"sharing": "WholeNode"},
         "parallelism": {"tensorParallelSize": 8},
     },
+    "nodes": {
+        "replicas": 2,
+        "loading": {"path": "Prefer"},
+        "gpu": {"sharing": "ResourceClaim", "preset": "P6e-GB200"},
+        "parallelism": {"tensorParallelSize": 8, "nodes": 2},
+        "rollout": {"canary": {"percentage": 50}},
+    },
 }
+
+
+PREVIOUS_VERSIONS = range(1, VERSION)
+
+
+@pytest.mark.parametrize("case", ["host", "claim", "node"])
+@pytest.mark.parametrize("version", PREVIOUS_VERSIONS)
+def test_deployments_of_earlier_releases_keep_their_templates(
+    version: int, case: str, build: SimpleNamespace
+) -> None:
+    """What an earlier release has applied, as its golden file has it, is not rolled."""
+    resource = build.resource(CASES[case])
+    text = (GOLDEN / f"template-v{version}-{case}.yaml").read_text()
+    bodies = {body["kind"]: body for body in yaml.safe_load_all(text)}
+    live = bodies["Deployment"]
+    live["metadata"] |= {"uid": "uid-deployment", "generation": 1}
+    name = "tiny-weights" if case == "claim" else "weights"
+    observed = Observed(
+        claim=build.claim(name), jobs=(build.done(resource),), deployment=live, dra_served=True
+    )
+    result = build.plan(resource, observed)
+    assert "Deployment" not in [desired.body["kind"] for desired in result.apply]
+    assert result.scale is None
+    more = build.plan(build.merged(resource, {"spec": {"replicas": 9}}), observed)
+    assert more.scale == Scale("Deployment", "tiny", {"replicas": 9})
+    changed = build.merged(resource, {"spec": {"engine": {"args": ["--seed", "1"]}}})
+    kinds = [desired.body["kind"] for desired in build.plan(changed, observed).apply]
+    assert "Deployment" in kinds
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -30,12 +30,20 @@ def _column(name: str, kind: str, path: str, description: str, **more: int) -> d
 
 _READY = '.status.conditions[?(@.type=="Ready")]'
 _COLUMNS = [
-    _column("Ready", "string", f"{_READY}.status", "Whether everything is as specified"),
-    _column("Reason", "string", f"{_READY}.reason", "Why it is ready or not"),
-    _column("Replicas", "integer", ".spec.replicas", "Replicas asked for"),
-    _column("Available", "integer", ".status.readyReplicas", "Replicas that answer requests"),
+    _column("Ready", "string", ".status.ready", "Replicas that answer requests, and asked for"),
+    _column("Status", "string", f"{_READY}.reason", "Why it is ready or not"),
+    _column("Checkpoint", "string", ".status.checkpoint.progress", "How far sharding is"),
+    _column("Path", "string", ".status.path", "How the weights came: GDS or POSIX"),
     _column("TP", "integer", ".spec.parallelism.tensorParallelSize", "GPUs of one replica"),
+    _column(
+        "Updated",
+        "integer",
+        ".status.updatedReplicas",
+        "Replicas of the newest template",
+        priority=1,
+    ),
     _column("Source", "string", ".spec.model.source", "Where the model comes from", priority=1),
+    _column("Message", "string", f"{_READY}.message", "What it waits for", priority=1),
     _column("Age", "date", ".metadata.creationTimestamp", "Time since creation"),
 ]
 

@@ -19,6 +19,14 @@ from headrace_operator.api.rules import (
 
 LOADER_PORT = 9400
 OWNED_KEYS = r"^(headrace[.]dev/|app[.]kubernetes[.]io/(name|instance|component|managed-by)$)"
+# What Kubernetes' controllers find their pods by, and annotations that undo a pod's confinement.
+_CONTROLLERS_LABELS = (
+    r"^(pod-template-hash|controller-revision-hash|controller-uid|job-name|"
+    r"(apps|batch|statefulset)[.]kubernetes[.]io/.*|leaderworkerset[.]sigs[.]k8s[.]io/.*)$"
+)
+_CONFINING_ANNOTATIONS = (
+    r"^(container[.])?(apparmor[.]security[.]beta|seccomp[.]security[.]alpha)[.]kubernetes[.]io/"
+)
 
 # vLLM's parser takes "_" for "-" and a value after "=" or as the next argument.
 _OWNED_ARGS = {
@@ -293,13 +301,26 @@ class PodOverrides(Part):
     labels: StringMap = Field(
         default_factory=dict,
         json_schema_extra=rules(
-            owned_keys("spec.pod.labels", OWNED_KEYS), *label_syntax("spec.pod.labels")
+            owned_keys("spec.pod.labels", OWNED_KEYS),
+            every(
+                f"!e.matches('{_CONTROLLERS_LABELS}')",
+                "spec.pod.labels",
+                "Kubernetes' controllers find pods by this label; choose another one",
+            ),
+            *label_syntax("spec.pod.labels"),
         ),
     )
     """More labels of the serving pods."""
     annotations: StringMap = Field(
         default_factory=dict,
-        json_schema_extra=rules(owned_keys("spec.pod.annotations", OWNED_KEYS)),
+        json_schema_extra=rules(
+            owned_keys("spec.pod.annotations", OWNED_KEYS),
+            every(
+                f"!e.matches('{_CONFINING_ANNOTATIONS}')",
+                "spec.pod.annotations",
+                "would change the confinement of the containers; remove it",
+            ),
+        ),
     )
     """More annotations of the serving pods."""
     node_selector: StringMap = Field(default_factory=dict)

@@ -56,7 +56,7 @@ def _type(schema: dict[str, Any]) -> str:
         return f"list of {_type(schema['items'])}"
     if "additionalProperties" in schema:
         return f"map to {_type(schema['additionalProperties'])}"
-    name = str(schema.get("type", "quantity"))
+    name = str(schema.get("type", "number or percentage" if "default" in schema else "quantity"))
     bounds = [schema.get("minimum"), schema.get("maximum")]
     if all(bound is not None for bound in bounds):
         return f"{name} {bounds[0]}..{bounds[1]}"

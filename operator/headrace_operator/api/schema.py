@@ -39,11 +39,11 @@ def structural_schema(model: type[BaseModel]) -> Schema:
 def _convert(schema: Schema, definitions: Schema) -> Schema:
     schema = _resolve(schema, definitions)
     if schema.get(INT_OR_STRING):
+        kept = ("description", "default", "pattern", "maxLength", "x-kubernetes-validations")
         return {
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             INT_OR_STRING: True,
-            "pattern": schema["pattern"],
-            "maxLength": schema["maxLength"],
+            **{key: schema[key] for key in kept if key in schema},
         }
     result = {key: schema[key] for key in _KEPT if schema.get(key) is not None}
     if "const" in schema:

@@ -12,6 +12,7 @@ from headrace_operator.api.parts import (
     Sharding,
     without_gpus,
 )
+from headrace_operator.api.rollout import DisruptionBudget, Rollout
 from headrace_operator.api.rules import every, matches, object_name, rule, rules
 
 MAX_TENSOR_PARALLEL_SIZE = 64
@@ -92,7 +93,30 @@ def _must_be_one(name: str) -> dict[str, Any]:
 
 
 class Parallelism(Part):
-    """How one replica is spread over GPUs."""
+    """How one replica is spread over GPUs and nodes."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                # An empty object, as the default is, is checked before it gets its own defaults.
+                "!has(self.nodes) || self.tensorParallelSize % self.nodes == 0",
+                "spec.parallelism.nodes",
+                "must divide tensorParallelSize: every node holds as many ranks; "
+                "change one of them",
+                value="'several'",
+                at=".nodes",
+            ),
+            rule(
+                "!has(self.nodes) || !has(oldSelf.nodes) || "
+                "(self.nodes > 1) == (oldSelf.nodes > 1)",
+                "spec.parallelism.nodes",
+                "a replica of one node cannot become one of several, nor the reverse: old and new "
+                "pods would need their GPUs at the same time; create a new ModelDeployment",
+                value="'changed'",
+                at=".nodes",
+            ),
+        )
+    )
 
     tensor_parallel_size: Annotated[int, Field(ge=1, le=MAX_TENSOR_PARALLEL_SIZE)] = 1
     """GPUs of one replica; every layer is cut into as many shards."""
@@ -104,6 +128,14 @@ class Parallelism(Part):
         default=1, json_schema_extra=_must_be_one("expertParallelSize")
     )
     """Groups of experts; must be 1 in this version."""
+    nodes: Annotated[int, Field(ge=1, le=32)] = 1
+    """Nodes of one replica. More than one makes a LeaderWorkerSet, whose controller has to be
+    installed; every node loads tensorParallelSize / nodes ranks."""
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs, and ranks, that a replica has on each of its nodes."""
+        return self.tensor_parallel_size // self.nodes
 
 
 class ExistingClaim(Part):
@@ -251,6 +283,9 @@ class Gpu(Part):
         default="gpu.nvidia.com", json_schema_extra=object_name("spec.gpu.deviceClassName")
     )
     """DeviceClass of the claim for sharing ResourceClaim."""
+    preset: Literal["P5en", "P6-B200", "P6-B300", "P6e-GB200"] | None = None
+    """Kind of EC2 instance: its node selector, shared memory and, for replicas that span nodes,
+    its EFA interfaces, huge pages and the right to lock memory."""
 
 
 class ModelDeploymentSpec(Part):
@@ -282,6 +317,10 @@ class ModelDeploymentSpec(Part):
     """How loader and engine get the same GPUs."""
     engine: Engine
     """The inference engine."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    """How the replicas of a changed spec take the place of the old ones."""
+    disruption_budget: DisruptionBudget = Field(default_factory=DisruptionBudget)
+    """What may be missing while nodes are drained; for more than one replica."""
     sharding: Sharding = Field(default_factory=Sharding)
     """The Job that shards the model."""
     pod: PodOverrides = Field(default_factory=PodOverrides)

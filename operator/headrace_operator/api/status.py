@@ -19,6 +19,8 @@ class ConditionType(StrEnum):
     AVAILABLE = "Available"
     READY = "Ready"
     DIRECT_PATH = "DirectPath"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
 
 
 class Condition(Part):
@@ -68,9 +70,15 @@ class ModelDeploymentStatus(Part):
     observed_generation: Annotated[int, Field(json_schema_extra={"format": "int64"})] | None = None
     """Generation of the spec that the status was computed from."""
     replicas: int | None = None
-    """Serving pods that exist."""
+    """Replicas that exist."""
     ready_replicas: int | None = None
-    """Serving pods that answer requests."""
+    """Replicas that answer requests."""
+    updated_replicas: int | None = None
+    """Replicas of the newest template."""
+    ready: str | None = None
+    """Replicas that answer requests, and those asked for: "2/3"."""
+    path: str | None = None
+    """How the weights came: GDS, POSIX, or nothing while no loader has told."""
     selector: str | None = None
     """Label selector of the serving pods, for autoscalers."""
     conditions: list[Condition] = Field(

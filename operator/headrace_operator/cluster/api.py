@@ -87,11 +87,10 @@ class Api:
         query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict"}
         return await self._request("PATCH", path, query, dict(body), _APPLY)
 
-    async def scale(self, kind: Kind, name: str, namespace: str, replicas: int) -> None:
-        """Set the replicas of an object through its scale subresource."""
-        path = kind.path(namespace, name, "scale")
-        query = {"fieldManager": FIELD_MANAGER}
-        await self._request("PATCH", path, query, {"spec": {"replicas": replicas}}, _MERGE)
+    async def merge(self, kind: Kind, name: str, namespace: str, changes: Object) -> None:
+        """Change a few fields of an object and leave all others as they are."""
+        path = kind.path(namespace, name)
+        await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, changes, _MERGE)
 
     async def create(self, body: Mapping[str, Any]) -> Object:
         """Create an object."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from headrace_operator.cluster.api import FIELD_MANAGER, Api, Object
 from headrace_operator.cluster.kinds import (
-    DEPLOYMENT,
     EVENT,
     MODEL_DEPLOYMENT,
     WATCHED,
@@ -166,10 +165,12 @@ class Executor:
     async def _scale(self, resource: Object, scale: Scale) -> None:
         namespace = text(resource, "metadata", "namespace")
         try:
-            await self._api.scale(DEPLOYMENT, scale.name, namespace, scale.replicas)
+            await self._api.merge(
+                kind_named(scale.kind), scale.name, namespace, {"spec": dict(scale.spec)}
+            )
         except NotFound:
             return
-        _logger.info("scaled Deployment %s to %d", scale.name, scale.replicas)
+        _logger.info("changed %s %s: %s", scale.kind, scale.name, dict(scale.spec))
 
 
 def _is_ours(resource: Object, body: Mapping[str, Any], live: Object) -> bool:

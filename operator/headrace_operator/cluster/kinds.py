@@ -41,12 +41,25 @@ SERVICE = Kind("Service", "", "v1", "services")
 POD = Kind("Pod", "", "v1", "pods")
 CLAIM = Kind("PersistentVolumeClaim", "", "v1", "persistentvolumeclaims")
 CLAIM_TEMPLATE = Kind("ResourceClaimTemplate", "resource.k8s.io", "v1", "resourceclaimtemplates")
+DISRUPTION_BUDGET = Kind("PodDisruptionBudget", "policy", "v1", "poddisruptionbudgets")
+GROUP_SET = Kind("LeaderWorkerSet", "leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
+REPLICA_SET = Kind("ReplicaSet", "apps", "v1", "replicasets")
+DEVICE_CLASS = Kind("DeviceClass", "resource.k8s.io", "v1", "deviceclasses", namespaced=False)
 VOLUME = Kind("PersistentVolume", "", "v1", "persistentvolumes", namespaced=False)
 STORAGE_CLASS = Kind("StorageClass", "storage.k8s.io", "v1", "storageclasses", namespaced=False)
 NODE = Kind("Node", "", "v1", "nodes", namespaced=False)
 EVENT = Kind("Event", "", "v1", "events")
 
-CHILDREN = (JOB, DEPLOYMENT, SERVICE, POD, CLAIM, CLAIM_TEMPLATE)
+CHILDREN = (
+    JOB,
+    DEPLOYMENT,
+    GROUP_SET,
+    DISRUPTION_BUDGET,
+    SERVICE,
+    POD,
+    CLAIM,
+    CLAIM_TEMPLATE,
+)
 """Kinds that are watched, by the label of their ModelDeployment."""
 WATCHED = (MODEL_DEPLOYMENT, *CHILDREN)
 

@@ -12,10 +12,14 @@ from headrace_operator.cluster.kinds import (
     CLAIM,
     CLAIM_TEMPLATE,
     DEPLOYMENT,
+    DEVICE_CLASS,
+    DISRUPTION_BUDGET,
     EVENT,
+    GROUP_SET,
     JOB,
     NODE,
     POD,
+    REPLICA_SET,
     SERVICE,
     STORAGE_CLASS,
     VOLUME,
@@ -23,10 +27,11 @@ from headrace_operator.cluster.kinds import (
 )
 from headrace_operator.cluster.loaders import Loaders
 from headrace_operator.cluster.store import Store, key_of
-from headrace_operator.errors import Forbidden, NotFound
+from headrace_operator.errors import Forbidden, KindNotServed, NotFound
 from headrace_operator.plan import Needs, Observed, needs
 from headrace_operator.plan.failures import stuck, stuck_claims
 from headrace_operator.plan.fsx import DRIVER
+from headrace_operator.plan.names import OWNER_LABEL
 from headrace_operator.plan.objects import (
     at,
     controller_uid,
@@ -36,11 +41,13 @@ from headrace_operator.plan.objects import (
     text,
     uid_of,
 )
+from headrace_operator.plan.rollout import wants_history
 from headrace_operator.plan.serving import loader_addresses
 from headrace_operator.plan.serving_pod import GPU_RESOURCE
 
 _T = TypeVar("_T")
 _CLUSTER_FACTS_SECONDS = 60.0
+_MISSING_FACTS_SECONDS = 5.0
 _MAX_EVENTS = 20
 _POLICY = "persistentVolumeReclaimPolicy"
 
@@ -55,6 +62,8 @@ class Observer:
         self._volumes = _Cached(self._list_volumes)
         self._loaders = Loaders()
         self._dra_served = _Cached(lambda: api.serves(CLAIM_TEMPLATE))
+        self._groups_served = _Cached(lambda: api.serves(GROUP_SET))
+        self._device_classes = _Cached(self._list_device_classes)
 
     async def observe(self, resource: Object, now: datetime) -> Observed:
         """Return the observed state. Raises ApiError."""
@@ -64,13 +73,17 @@ class Observer:
         jobs = self._owned(JOB, resource)
         claim = await self._get(CLAIM, wanted.claim, key.namespace)
         storage_class, unreadable = await self._storage_class(wanted, claim)
+        workloads = (*self._owned(DEPLOYMENT, resource), *self._owned(GROUP_SET, resource))
+        workload = next(iter(workloads), None)
         observed = Observed(
             claim=claim,
             source_claim=await self._get(CLAIM, wanted.source_claim, key.namespace),
             volume=await self._volume_of(wanted, claim),
             storage_class=storage_class,
             jobs=jobs,
-            deployment=next(iter(self._owned(DEPLOYMENT, resource)), None),
+            deployment=workload,
+            replica_sets=await self._replica_sets(workload) if wants_history(workload) else (),
+            disruption_budget=next(iter(self._owned(DISRUPTION_BUDGET, resource)), None),
             service=next(iter(self._owned(SERVICE, resource)), None),
             claims=self._owned(CLAIM, resource),
             claim_templates=self._owned(CLAIM_TEMPLATE, resource),
@@ -78,6 +91,8 @@ class Observer:
             gpus_of_nodes=await self._gpus_of_nodes.get() if wanted.gpus_of_nodes else None,
             dra_served=await self._dra_served.get() if wanted.dra_served else None,
             unreadable=unreadable,
+            device_classes=await self._device_classes.get() if wanted.device_classes else None,
+            groups_served=await self._groups_served.get() if wanted.groups_served else None,
             warnings={
                 uid_of(body): event
                 for body in (*stuck(pods, jobs, now), *stuck_claims(claim, now))
@@ -139,6 +154,21 @@ class Observer:
         )
         return max(listing.objects, key=_event_time, default=None)
 
+    async def _replica_sets(self, workload: Object | None) -> tuple[Object, ...]:
+        """Return the history of a Deployment; not watched, as it is asked for so rarely."""
+        namespace = text(workload, "metadata", "namespace")
+        owner = text(workload, "metadata", "labels", OWNER_LABEL)
+        listing = await self._api.list(
+            REPLICA_SET, namespace, label_selector=f"{OWNER_LABEL}={owner}"
+        )
+        return tuple(o for o in listing.objects if controller_uid(o) == uid_of(workload))
+
+    async def _list_device_classes(self) -> frozenset[str] | None:
+        try:
+            return frozenset(map(name_of, (await self._api.list(DEVICE_CLASS)).objects))
+        except (Forbidden, KindNotServed):
+            return None
+
     async def _list_gpus_of_nodes(self) -> frozenset[int] | None:
         try:
             nodes = (await self._api.list(NODE)).objects
@@ -186,5 +216,7 @@ class _Cached(Generic[_T]):
         async with self._fetching:
             if time.monotonic() >= self._expires:
                 self._value = await self._fetch()
-                self._expires = time.monotonic() + _CLUSTER_FACTS_SECONDS
+                # What is missing may be on its way: someone installs a driver or a CRD.
+                kept = _CLUSTER_FACTS_SECONDS if self._value else _MISSING_FACTS_SECONDS
+                self._expires = time.monotonic() + kept
         return self._value

@@ -81,8 +81,8 @@ def _transition_time(previous: Object, draft: Draft, now: datetime) -> str:
 def transitions(owner: Object, drafts: Mapping[ConditionType, Draft]) -> tuple[Transition, ...]:
     """Return the changes since the status was last written, to be reported as events.
 
-    Ready repeats the others, so only its change of status counts. The first visit reports no
-    waiting.
+    Ready repeats the others, so only its change of status counts; Reconciling repeats Ready. The
+    first visit reports no waiting.
     """
     previous = {text(c, "type"): c for c in items(owner, "status", "conditions")}
     return tuple(
@@ -93,6 +93,8 @@ def transitions(owner: Object, drafts: Mapping[ConditionType, Draft]) -> tuple[T
 
 
 def _is_news(kind: ConditionType, previous: Object, draft: Draft) -> bool:
+    if kind == ConditionType.RECONCILING:
+        return False
     if not previous:
         return (draft.holds or draft.problem) and kind != ConditionType.READY
     flipped = text(previous, "status") != draft.status

@@ -20,6 +20,8 @@ KEY_ANNOTATION = "headrace.dev/checkpoint-key"
 SPEC_HASH_ANNOTATION = "headrace.dev/spec-hash"
 TEMPLATE_VERSION_ANNOTATION = "headrace.dev/template-version"
 LOADER_IMAGE_ANNOTATION = "headrace.dev/loader-image"
+STABLE_ANNOTATION = "headrace.dev/stable-spec-hash"
+ROLLED_BACK_ANNOTATION = "headrace.dev/rolled-back-spec-hash"
 
 CHECKPOINT_FORMAT_VERSION = 1
 CHECKPOINT_LAYOUT = "vllm"

@@ -9,13 +9,16 @@ from headrace_operator.api import API_VERSION, KIND
 from headrace_operator.api.spec import ModelDeploymentSpec
 from headrace_operator.api.status import ConditionType
 from headrace_operator.plan.checkpoint import Checkpoint, plan_checkpoint
+from headrace_operator.plan.children import serving_selector
 from headrace_operator.plan.conditions import (
     FALSE,
+    TRUE,
     UNKNOWN,
     Draft,
     holds,
     merge,
     of_failure,
+    of_rejection,
     problem,
     transitions,
     waiting,
@@ -30,11 +33,15 @@ from headrace_operator.plan.names import (
 from headrace_operator.plan.objects import (
     Object,
     at,
+    condition_of,
     integer,
     is_deleting,
+    is_true,
     name_of,
     text,
 )
+from headrace_operator.plan.overrides import refused_overrides
+from headrace_operator.plan.rollout import has_old_pods, is_rolled_out
 from headrace_operator.plan.serving import (
     SCALED_TO_ZERO,
     available,
@@ -45,7 +52,7 @@ from headrace_operator.plan.serving import (
     weights_resident,
 )
 from headrace_operator.plan.volume import Volume, claim_name, plan_volume, volume_name
-from headrace_operator.plan.workload import Workload, is_rolled_out, plan_workload, selector
+from headrace_operator.plan.workload import Workload, plan_workload
 from headrace_operator.plan.world import NAME_CONFLICT, Needs, Observed, Plan, Settings
 
 # No event tells that claims of others change, or that children of a deleted object which had
@@ -61,6 +68,8 @@ _UNWATCHED = frozenset(
         "ClaimPending",
         "ClaimStuck",
         "ClaimTerminating",
+        "DeviceClassNotFound",
+        "LeaderWorkerSetUnavailable",
         "Provisioning",
         "ProvisioningFailed",
         "SourceClaimNotFound",
@@ -89,6 +98,8 @@ def needs(resource: Object) -> Needs:
         storage_class=spec.volume.dynamic.storage_class_name if spec.volume.dynamic else None,
         gpus_of_nodes=spec.gpu.sharing == "WholeNode",
         dra_served=spec.gpu.sharing == "ResourceClaim",
+        device_classes=spec.gpu.sharing == "ResourceClaim",
+        groups_served=spec.parallelism.nodes > 1,
         loaded_paths=may_be_direct(spec),
     )
 
@@ -106,18 +117,23 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
         return _plan_of_invalid(resource, spec, now)
     claim = claim_name(resource, spec)
     volume = plan_volume(resource, spec, observed, settings)
-    checkpoint = plan_checkpoint(resource, spec, claim, observed, settings)
+    denied = refused_overrides(spec, settings)
+    if denied is None:
+        checkpoint = plan_checkpoint(resource, spec, claim, observed, settings)
+    else:
+        checkpoint = Checkpoint(denied)
     may_roll = checkpoint.is_ready and refusal(spec, observed) is None
-    workload = plan_workload(resource, spec, claim, observed, settings, may_roll=may_roll)
-    drafts = _drafts(spec, observed, volume, checkpoint, workload)
-    status = _status(resource, spec, volume, observed, checkpoint)
+    workload = plan_workload(resource, spec, claim, observed, settings, now, may_roll=may_roll)
+    drafts = _drafts(resource, spec, observed, volume, checkpoint, workload)
+    drafts |= _progress(resource, spec, observed, drafts, workload, is_denied=denied is not None)
+    status = _status(resource, spec, volume, observed, checkpoint, drafts)
     return Plan(
         apply=(*volume.apply, *checkpoint.apply, *workload.apply),
         delete=(*volume.delete, *checkpoint.delete, *workload.delete),
         scale=workload.scale,
         status=_document(resource, status, drafts, now),
         transitions=transitions(resource, drafts),
-        requeue_seconds=_requeue_seconds(drafts, observed),
+        requeue_seconds=_requeue_seconds(drafts, observed, workload),
     )
 
 
@@ -135,12 +151,15 @@ def _plan_of_invalid(resource: Object, error: ValidationError, now: datetime) ->
     message = f"{field}: {first['msg']}; update the CRD and the object"
     drafts = {kind: Draft(UNKNOWN, "SpecInvalid", "the spec is invalid") for kind in ConditionType}
     drafts[ConditionType.READY] = problem("SpecInvalid", message)
+    drafts[ConditionType.RECONCILING] = Draft(FALSE, "Stalled", "the spec is invalid")
+    drafts[ConditionType.STALLED] = Draft(TRUE, "SpecInvalid", message, problem=True)
     return Plan(
         status=_document(resource, {}, drafts, now), transitions=transitions(resource, drafts)
     )
 
 
 def _drafts(
+    resource: Object,
     spec: ModelDeploymentSpec,
     observed: Observed,
     volume: Volume,
@@ -154,29 +173,98 @@ def _drafts(
         ConditionType.WEIGHTS_RESIDENT: resident,
         ConditionType.AVAILABLE: available(spec, observed, resident=resident.holds),
     }
-    drafts[ConditionType.READY] = _ready(spec, observed, drafts, workload)
+    if workload.is_rolled_back and not resident.holds:
+        drafts[ConditionType.WEIGHTS_RESIDENT] = _gave_up(resource, observed)
+    drafts[ConditionType.READY] = _ready(resource, spec, observed, drafts, workload)
     drafts[ConditionType.DIRECT_PATH] = direct_path(spec, observed)
     return drafts
 
 
 def _ready(
+    resource: Object,
     spec: ModelDeploymentSpec,
     observed: Observed,
     drafts: dict[ConditionType, Draft],
     workload: Workload,
 ) -> Draft:
     """Summarise: everything is as specified, or the first thing that is not."""
+    if workload.is_rolled_back:
+        return _gave_up(resource, observed)
     missing = next((drafts[kind] for kind in _SUMMARISED if not drafts[kind].holds), None)
     if missing is not None:
         return Draft(FALSE, missing.reason, missing.message, missing.problem)
-    if workload.is_current and is_rolled_out(observed.deployment, spec.replicas):
+    rolled_out = is_rolled_out(observed.deployment, spec.replicas) and not has_old_pods(observed)
+    if workload.is_current and rolled_out:
         done = holds("Serving", f"{spec.replicas} of {spec.replicas} replicas answer requests")
         return done if spec.replicas else SCALED_TO_ZERO
     failure = next(iter(failures(observed)), None)
     if failure is not None:
         return of_failure(failure)
+    updated = integer(observed.deployment, "status", "updatedReplicas")
+    counts = f"{updated if workload.is_current else 0} of {spec.replicas} replicas are new"
+    if spec.rollout.paused:
+        return waiting("RolloutPaused", f"{counts}; set spec.rollout.paused to false to go on")
+    if workload.canary is not None:
+        canary = workload.canary
+        stand = f"{canary.standing} of {canary.wanted} canary replicas have stood long enough"
+        return waiting("CanaryStanding", f"{counts}; {stand}")
     ready = integer(observed.deployment, "status", "readyReplicas")
-    return waiting("RollingOut", f"{ready} of {spec.replicas} replicas answer requests")
+    return waiting("RollingOut", f"{counts}, {ready} of {spec.replicas} answer requests")
+
+
+def _gave_up(resource: Object, observed: Observed) -> Draft:
+    """Say that the template of the spec was given up, and what was wrong with its pods."""
+    known = condition_of(resource, "Ready")
+    if text(known, "reason") == "RolledBack" and text(known, "message"):
+        return problem("RolledBack", text(known, "message"))
+    failure = next(iter(failures(observed)), None)
+    why = f": {failure.message}" if failure is not None else ""
+    return problem(
+        "RolledBack",
+        "no new replica became ready within spec.rollout.progressDeadlineSeconds, so the last "
+        f"template whose replicas were ready is back; change the spec to try again{why}",
+    )
+
+
+def _progress(
+    resource: Object,
+    spec: ModelDeploymentSpec,
+    observed: Observed,
+    drafts: dict[ConditionType, Draft],
+    workload: Workload,
+    *,
+    is_denied: bool,
+) -> dict[ConditionType, Draft]:
+    """Return Reconciling and Stalled, as kstatus reads them: both only when it is not Ready."""
+    ready = drafts[ConditionType.READY]
+    checkpoint = drafts[ConditionType.CHECKPOINT_READY]
+    job = job_name(name_of(resource), spec)
+    job_failed = any(name_of(j) == job and is_true(j, "Failed") for j in observed.jobs)
+    stalled: Draft | None = None
+    if ready.holds:
+        return {
+            ConditionType.RECONCILING: Draft(FALSE, "Settled", "everything is as specified"),
+            ConditionType.STALLED: Draft(FALSE, "Settled", "everything is as specified"),
+        }
+    if workload.has_failed:
+        seconds = spec.rollout.progress_deadline_seconds
+        message = f"no replica became ready in {seconds} s, and there is no earlier template"
+        stalled = problem("ProgressDeadlineExceeded", f"{message}; {ready.message}")
+    elif workload.is_rolled_back or is_denied or refusal(spec, observed) is not None:
+        stalled = ready
+    elif job_failed and checkpoint.problem:
+        stalled = checkpoint
+    elif observed.rejections:
+        stalled = of_rejection(observed.rejections[0])
+    if stalled is not None:
+        return {
+            ConditionType.RECONCILING: Draft(FALSE, "Stalled", ready.message),
+            ConditionType.STALLED: Draft(TRUE, stalled.reason, stalled.message, problem=True),
+        }
+    return {
+        ConditionType.RECONCILING: Draft(TRUE, ready.reason, ready.message),
+        ConditionType.STALLED: Draft(FALSE, "Progressing", ready.message),
+    }
 
 
 def _status(
@@ -185,12 +273,19 @@ def _status(
     volume: Volume,
     observed: Observed,
     checkpoint: Checkpoint,
+    drafts: dict[ConditionType, Draft],
 ) -> dict[str, Any]:
     total = {} if checkpoint.total_bytes is None else {"totalBytes": checkpoint.total_bytes}
-    labels = selector(resource)
+    labels = serving_selector(resource, spec)
+    direct = drafts[ConditionType.DIRECT_PATH]
+    path = {TRUE: {"path": "GDS"}, FALSE: {"path": "POSIX"}}.get(direct.status, {})
+    ready = integer(observed.deployment, "status", "readyReplicas")
     return {
         "replicas": integer(observed.deployment, "status", "replicas"),
-        "readyReplicas": integer(observed.deployment, "status", "readyReplicas"),
+        "readyReplicas": ready,
+        "updatedReplicas": integer(observed.deployment, "status", "updatedReplicas"),
+        "ready": f"{ready}/{spec.replicas}",
+        **path,
         "selector": ",".join(f"{key}={labels[key]}" for key in sorted(labels)),
         "checkpoint": {
             "key": checkpoint_key(spec),
@@ -221,10 +316,15 @@ def _document(
     }
 
 
-def _requeue_seconds(drafts: dict[ConditionType, Draft], observed: Observed) -> float | None:
+def _requeue_seconds(
+    drafts: dict[ConditionType, Draft], observed: Observed, workload: Workload
+) -> float | None:
     if any(rejection.reason == NAME_CONFLICT for rejection in observed.rejections):
         return _RECHECK_SECONDS
     reasons = {draft.reason for draft in drafts.values()}
     if not reasons.isdisjoint(_UNWATCHED):
         return _RECHECK_SECONDS
-    return None if reasons.isdisjoint(_STANDING) else STUCK_SECONDS + 1
+    waits = [] if reasons.isdisjoint(_STANDING) else [STUCK_SECONDS + 1]
+    if workload.canary is not None and workload.canary.seconds is not None:
+        waits.append(workload.canary.seconds + 1)
+    return min(waits, default=None)

@@ -1,5 +1,6 @@
 """The conditions of the serving pods: WeightsResident, Available, DirectPath."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from headrace_operator.api.parts import LOADER_PORT
@@ -27,10 +28,12 @@ from headrace_operator.plan.objects import (
     text,
     uid_of,
 )
+from headrace_operator.plan.presets import PRESETS
 from headrace_operator.plan.serving_pod import ENGINE, GPU_RESOURCE, LOADER
 from headrace_operator.plan.world import Observed
 
-_WORKLOAD_KINDS = ("ResourceClaimTemplate", "Deployment")
+GROUP_INDEX_LABEL = "leaderworkerset.sigs.k8s.io/group-index"
+_WORKLOAD_KINDS = ("ResourceClaimTemplate", "Deployment", "LeaderWorkerSet", "PodDisruptionBudget")
 SCALED_TO_ZERO = holds("ScaledToZero", "spec.replicas is 0")
 
 
@@ -72,23 +75,55 @@ def failures(observed: Observed) -> list[Failure]:
 
 
 def refusal(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
-    """Return why no pod of the spec can share its GPUs in this cluster, if that is known."""
+    """Return why no pod of the spec can run in this cluster, if that is known."""
+    if spec.parallelism.nodes > 1 and observed.groups_served is False:
+        return problem(
+            "LeaderWorkerSetUnavailable",
+            f"spec.parallelism.nodes: {spec.parallelism.nodes}: the cluster does not serve "
+            "leaderworkerset.x-k8s.io/v1; install LeaderWorkerSet (sigs.k8s.io/lws)",
+        )
+    return _refused_gpus(spec, observed) or _refused_preset(spec)
+
+
+def _refused_gpus(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
     if spec.gpu.sharing == "ResourceClaim" and observed.dra_served is False:
         return problem(
             "DraUnavailable",
             'spec.gpu.sharing: "ResourceClaim": the cluster does not serve resource.k8s.io/v1; '
             "use Kubernetes 1.34 or later with a DRA driver for GPUs, or WholeNode",
         )
-    gpus = spec.parallelism.tensor_parallel_size
-    sizes = observed.gpus_of_nodes
+    name, classes = spec.gpu.device_class_name, observed.device_classes
+    if spec.gpu.sharing == "ResourceClaim" and classes is not None and name not in classes:
+        return problem(
+            "DeviceClassNotFound",
+            f'spec.gpu.deviceClassName: "{name}": there is no such DeviceClass, only '
+            f"{', '.join(sorted(classes)[:8]) or 'none'}; install a DRA driver for GPUs or "
+            "correct the name",
+        )
+    gpus, sizes = spec.parallelism.gpus_per_node, observed.gpus_of_nodes
+    preset = PRESETS.get(spec.gpu.preset or "")
+    if preset is not None:
+        sizes = frozenset({preset.gpus})
     if spec.gpu.sharing == "WholeNode" and sizes and gpus not in sizes:
         return problem(
             "PartialNodeWithoutDRA",
-            f"spec.parallelism.tensorParallelSize: {gpus}: with spec.gpu.sharing WholeNode a pod "
-            f"must take all {GPU_RESOURCE} of its node, and the cluster's nodes have "
-            f"{', '.join(map(str, sorted(sizes)))}; use that size, or ResourceClaim",
+            f"spec.parallelism.tensorParallelSize: {spec.parallelism.tensor_parallel_size}: with "
+            f"spec.gpu.sharing WholeNode a pod must take all {GPU_RESOURCE} of its node; this one "
+            f"takes {gpus}, and the nodes have {', '.join(map(str, sorted(sizes)))}; use that "
+            "size, or ResourceClaim",
         )
     return None
+
+
+def _refused_preset(spec: ModelDeploymentSpec) -> Draft | None:
+    preset, gpus = PRESETS.get(spec.gpu.preset or ""), spec.parallelism.gpus_per_node
+    if preset is None or gpus <= preset.gpus:
+        return None
+    return problem(
+        "NodeTooSmall",
+        f'spec.gpu.preset: "{spec.gpu.preset}": its nodes have {preset.gpus} GPUs and a pod of '
+        f"this replica takes {gpus}; raise spec.parallelism.nodes or choose another preset",
+    )
 
 
 def weights_resident(
@@ -103,7 +138,7 @@ def weights_resident(
     if observed.deployment is not None and spec.replicas == 0:
         return SCALED_TO_ZERO
     pods = _pods_of_checkpoint(spec, observed)
-    resident = sum(len(_ready_loaders(pod)) for pod in pods)
+    resident = _resident_replicas(spec, pods)
     counts = f"{resident} of {spec.replicas} replicas hold the weights"
     if resident >= spec.replicas and observed.deployment is not None:
         return holds("Resident", counts)
@@ -189,6 +224,15 @@ def _pods_of_checkpoint(spec: ModelDeploymentSpec, observed: Observed) -> list[O
         for pod in serving_pods(observed)
         if text(pod, "metadata", "annotations", KEY_ANNOTATION) == key
     ]
+
+
+def _resident_replicas(spec: ModelDeploymentSpec, pods: list[Object]) -> int:
+    """Return the replicas whose loaders hold the weights on all of their nodes."""
+    holding = [pod for pod in pods if _ready_loaders(pod)]
+    if spec.parallelism.nodes == 1:
+        return len(holding)
+    groups = Counter(text(pod, "metadata", "labels", GROUP_INDEX_LABEL) for pod in holding)
+    return sum(count == spec.parallelism.nodes for count in groups.values())
 
 
 def _ready_loaders(pod: Object) -> list[Object]:

@@ -4,13 +4,15 @@
 renders: running Deployments then keep their template until their spec changes.
 """
 
+from enum import Enum
 from typing import Any
 
-from headrace_operator.api.parts import LOADER_PORT
+from headrace_operator.api.parts import LOADER_PORT, Engine
 from headrace_operator.api.spec import ModelDeploymentSpec
 from headrace_operator.plan.names import (
     KEY_ANNOTATION,
     SERVE,
+    SPEC_HASH_ANNOTATION,
     checkpoint_key,
     checkpoint_path,
     engine_cache_key,
@@ -27,6 +29,13 @@ from headrace_operator.plan.pods import (
     environment,
     pull_policy,
     resources,
+)
+from headrace_operator.plan.presets import (
+    EFA_RESOURCE,
+    HUGE_PAGES_RESOURCE,
+    INSTANCE_TYPE_LABEL,
+    PRESETS,
+    Preset,
 )
 
 VERSION = 2
@@ -46,21 +55,38 @@ _CACHE_STORE_PATH = "/headrace/cache-store"
 # An hour: terabytes from a slow volume, or a first compilation, must not be killed half way.
 _START_SECONDS = 3600
 _ENGINE_PROBE_SECONDS = 2
+_ONE_NODE_COMMAND = Engine(image="any").command
+# The module of _ONE_NODE_COMMAND serves HTTP on every node; this one knows --headless.
+_NODES_COMMAND = ["python3", "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+class Role(Enum):
+    """What a pod is of its replica: all of it, or the node that answers requests, or another."""
+
+    WHOLE = "whole"
+    LEADER = "leader"
+    WORKER = "worker"
 
 
 def serving_pod_template(
     owner: Object,
     spec: ModelDeploymentSpec,
+    role: Role = Role.WHOLE,
     *,
     claim: str,
     loader_image: str,
     claim_template: str | None,
+    template_hash: str,
 ) -> dict[str, Any]:
-    """Return the pod template of the serving Deployment."""
+    """Return the pod template of the serving Deployment or LeaderWorkerSet."""
     return {
         "metadata": {
             "labels": {**spec.pod.labels, **labels(owner, SERVE)},
-            "annotations": {**spec.pod.annotations, KEY_ANNOTATION: checkpoint_key(spec)},
+            "annotations": {
+                **spec.pod.annotations,
+                KEY_ANNOTATION: checkpoint_key(spec),
+                SPEC_HASH_ANNOTATION: template_hash,
+            },
         },
         "spec": {
             **common_pod_fields(spec.pod),
@@ -68,14 +94,14 @@ def serving_pod_template(
             **_claims(claim_template),
             "terminationGracePeriodSeconds": spec.pod.termination_grace_period_seconds,
             "initContainers": [_loader(spec, loader_image)],
-            "containers": [_engine(owner, spec)],
+            "containers": [_engine(owner, spec, role)],
             "volumes": [
                 {"name": WEIGHTS, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}},
                 {"name": "runtime", "emptyDir": {}},
                 {"name": "plugin", "emptyDir": {}},
                 {"name": "tmp", "emptyDir": {}},
                 {"name": "loader-tmp", "emptyDir": {}},
-                {"name": "dshm", "emptyDir": {"medium": "Memory"}},
+                {"name": "dshm", "emptyDir": _shared_memory(spec)},
                 *_cache_volumes(spec, claim),
             ],
         },
@@ -87,8 +113,12 @@ def _placement(spec: ModelDeploymentSpec) -> dict[str, Any]:
     if spec.gpu.sharing != "None":
         # DRA does not add it as the device plugin's admission does.
         tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
+    preset = _preset(spec)
+    selected = {} if preset is None else {"kubernetes.io/arch": preset.architecture}
+    if preset is not None and len(preset.instance_types) == 1:
+        selected[INSTANCE_TYPE_LABEL] = preset.instance_types[0]
     optional = {
-        "nodeSelector": dict(spec.pod.node_selector),
+        "nodeSelector": {**selected, **spec.pod.node_selector},
         "tolerations": tolerations,
         "affinity": spec.pod.affinity,
         "topologySpreadConstraints": list(spec.pod.topology_spread_constraints),
@@ -97,6 +127,16 @@ def _placement(spec: ModelDeploymentSpec) -> dict[str, Any]:
         "runtimeClassName": spec.pod.runtime_class_name,
     }
     return {name: value for name, value in optional.items() if value}
+
+
+def _preset(spec: ModelDeploymentSpec) -> Preset | None:
+    return PRESETS.get(spec.gpu.preset or "")
+
+
+def _shared_memory(spec: ModelDeploymentSpec) -> dict[str, str]:
+    preset = _preset(spec)
+    limit = {} if preset is None else {"sizeLimit": preset.shared_memory}
+    return {"medium": "Memory", **limit}
 
 
 def _claims(claim_template: str | None) -> dict[str, Any]:
@@ -122,6 +162,7 @@ def _loader(spec: ModelDeploymentSpec, image: str) -> dict[str, Any]:
             f"{WEIGHTS_PATH}/{checkpoint_path(spec)}",
             "--tensor-parallel-size",
             str(spec.parallelism.tensor_parallel_size),
+            *_node_of_loader(spec),
             "--backend",
             "host" if spec.gpu.sharing == "None" else "cuda",
             "--path",
@@ -154,25 +195,29 @@ def _loader(spec: ModelDeploymentSpec, image: str) -> dict[str, Any]:
     }
 
 
-def _engine(owner: Object, spec: ModelDeploymentSpec) -> dict[str, Any]:
-    health = {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": 5}
+def _node_of_loader(spec: ModelDeploymentSpec) -> list[str]:
+    if spec.parallelism.nodes == 1:
+        return []
+    return ["--nodes", str(spec.parallelism.nodes), "--node-rank", "$(LWS_WORKER_INDEX)"]
+
+
+def _engine(owner: Object, spec: ModelDeploymentSpec, role: Role) -> dict[str, Any]:
+    command = list(spec.engine.command)
+    if role is not Role.WHOLE and command == _ONE_NODE_COMMAND:
+        command = list(_NODES_COMMAND)
     return {
         "name": ENGINE,
         "image": spec.engine.image,
         **pull_policy(spec.pod),
-        "command": list(spec.engine.command),
-        "args": [*_engine_arguments(owner, spec), *spec.engine.args],
+        "command": command,
+        "args": [*_engine_arguments(owner, spec), *_node_of_engine(spec, role), *spec.engine.args],
         "env": _engine_env(spec),
         "ports": [{"name": "http", "containerPort": spec.engine.port}],
-        "startupProbe": {
-            **health,
-            "periodSeconds": _ENGINE_PROBE_SECONDS,
-            "failureThreshold": _START_SECONDS // _ENGINE_PROBE_SECONDS,
-        },
-        "readinessProbe": {**health, "periodSeconds": _ENGINE_PROBE_SECONDS},
+        # Only the leader answers requests; the others are ready when their loader is.
+        **({} if role is Role.WORKER else _engine_probes()),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "resources": _with_claim(spec, _engine_resources(spec)),
-        "securityContext": container_security(),
+        "securityContext": _engine_security(spec),
         "volumeMounts": [
             {"name": WEIGHTS, "mountPath": WEIGHTS_PATH, "readOnly": True},
             {"name": "runtime", "mountPath": _RUNTIME_PATH},
@@ -220,6 +265,43 @@ def _cache_arguments(spec: ModelDeploymentSpec) -> list[str]:
     ]
 
 
+def _engine_probes() -> dict[str, Any]:
+    health = {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": 5}
+    return {
+        "startupProbe": {
+            **health,
+            "periodSeconds": _ENGINE_PROBE_SECONDS,
+            "failureThreshold": _START_SECONDS // _ENGINE_PROBE_SECONDS,
+        },
+        "readinessProbe": {**health, "periodSeconds": _ENGINE_PROBE_SECONDS},
+    }
+
+
+def _node_of_engine(spec: ModelDeploymentSpec, role: Role) -> list[str]:
+    """Return vLLM's arguments for a replica of several nodes, each with its part of the ranks."""
+    if role is Role.WHOLE:
+        return []
+    arguments = [
+        *("--nnodes", str(spec.parallelism.nodes)),
+        *("--node-rank", "$(LWS_WORKER_INDEX)"),
+        *("--master-addr", "$(LWS_LEADER_ADDRESS)"),
+    ]
+    return [*arguments, "--headless"] if role is Role.WORKER else arguments
+
+
+def _engine_security(spec: ModelDeploymentSpec) -> dict[str, Any]:
+    security = container_security()
+    if not _uses_efa(spec):
+        return security
+    # EFA registers memory that must not be swapped, beyond the limit of an ordinary user.
+    return {**security, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]}}
+
+
+def _uses_efa(spec: ModelDeploymentSpec) -> bool:
+    """Whether pods talk to each other: reading a file system over EFA is the node's business."""
+    return _preset(spec) is not None and spec.parallelism.nodes > 1
+
+
 def _engine_arguments(owner: Object, spec: ModelDeploymentSpec) -> list[str]:
     arguments = {
         "--model": f"{WEIGHTS_PATH}/{checkpoint_path(spec)}",
@@ -262,10 +344,16 @@ def _engine_env(spec: ModelDeploymentSpec) -> list[dict[str, Any]]:
 
 def _engine_resources(spec: ModelDeploymentSpec) -> dict[str, Any]:
     given = resources(spec.engine.resources)
-    if spec.gpu.sharing != "WholeNode":
-        return given
-    gpus = {GPU_RESOURCE: str(spec.parallelism.tensor_parallel_size)}
-    return {**given, "limits": {**given.get("limits", {}), **gpus}}
+    preset = _preset(spec)
+    own: dict[str, str] = {}
+    if spec.gpu.sharing == "WholeNode":
+        own[GPU_RESOURCE] = str(spec.parallelism.gpus_per_node)
+    if preset is not None and _uses_efa(spec):
+        own[EFA_RESOURCE] = str(preset.efa_interfaces)
+        own[HUGE_PAGES_RESOURCE] = preset.huge_pages
+        # Huge pages are refused without a request for CPU or memory.
+        given = {**given, "requests": {"cpu": "1", **given.get("requests", {})}}
+    return {**given, "limits": {**given.get("limits", {}), **own}} if own else given
 
 
 def _with_claim(spec: ModelDeploymentSpec, given: dict[str, Any]) -> dict[str, Any]:

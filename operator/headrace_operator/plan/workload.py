@@ -1,72 +1,62 @@
-"""The serving Deployment with its pin, its GPU claim template and the Service.
+"""The serving pods' workload: when its template changes, stays, or goes back.
 
-A Deployment's annotations pin what its template was made from. As long as the spec is the
-same, the template stays what it is, whatever this operator's version would make of it; and
-it stays while the checkpoint of a changed spec is not ready: shards first, rolls after.
+The annotations of a Deployment (or LeaderWorkerSet, where replicas span nodes) pin what its
+template was made from. As long as the spec is the same, the template stays what it is, whatever
+this operator's version would make of it; and it stays while the checkpoint of a changed spec is
+not ready: shards first, rolls after. A template whose pods do not become ready in time gives way
+to the last one whose pods did, and is not tried again until the spec changes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from headrace_operator.api.spec import ModelDeploymentSpec
-from headrace_operator.plan.names import (
-    COMPONENT_LABEL,
-    LOADER_IMAGE_ANNOTATION,
-    OWNER_LABEL,
-    SERVE,
-    SPEC_HASH_ANNOTATION,
-    TEMPLATE_VERSION_ANNOTATION,
-    child_name,
-    digest,
-    metadata,
-    spec_hash,
+from headrace_operator.plan.children import (
+    claim_template,
+    deployment,
+    disruption_budget,
+    group_set,
+    service,
 )
-from headrace_operator.plan.objects import Object, integer, mapping, name_of, text, uid_of
-from headrace_operator.plan.serving_pod import VERSION, serving_pod_template
+from headrace_operator.plan.names import digest, spec_hash
+from headrace_operator.plan.objects import Object, at, integer, mapping, name_of, text, uid_of
+from headrace_operator.plan.rollout import (
+    CanaryState,
+    Pin,
+    canary_state,
+    has_failed,
+    is_rolled_out,
+    stable_hash,
+)
+from headrace_operator.plan.serving_pod import VERSION, Role, serving_pod_template
 from headrace_operator.plan.world import Deletion, Desired, Observed, Scale, Settings
 
-# Longer than both startup probes together: what takes that long is stuck.
-_PROGRESS_DEADLINE_SECONDS = 3 * 3600
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """What a Deployment's template was made from."""
-
-    version: str
-    loader_image: str
-    spec_hash: str
-
-    @classmethod
-    def of(cls, deployment: Object | None) -> "Pin":
-        """Read the pin of a Deployment; its parts are empty where it has none."""
-        annotations = mapping(deployment, "metadata", "annotations")
-        return cls(
-            text(annotations, TEMPLATE_VERSION_ANNOTATION),
-            text(annotations, LOADER_IMAGE_ANNOTATION),
-            text(annotations, SPEC_HASH_ANNOTATION),
-        )
+# Changes of these parts replace no pods.
+_NOT_IN_TEMPLATE = frozenset({"replicas", "sharding", "rollout", "disruption_budget"})
 
 
 def template_hash(spec: ModelDeploymentSpec, claim: str) -> str:
     """Return the digest of what the template depends on besides the operator's own settings."""
-    own = spec_hash(spec, without=frozenset({"replicas", "sharding"}))
+    own = spec_hash(spec, without=_NOT_IN_TEMPLATE)
     return digest([own, claim], 16)
-
-
-def selector(owner: Object) -> dict[str, str]:
-    """Return the labels that select the serving pods."""
-    return {OWNER_LABEL: name_of(owner), COMPONENT_LABEL: SERVE}
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What to do about the serving pods; `is_current` once the template is the spec's."""
+    """What to do about the serving pods.
+
+    `is_current` once the template is the spec's, `is_rolled_back` while the spec's was given up,
+    `has_failed` when its pods did not become ready in time and nothing is there to go back to.
+    """
 
     apply: tuple[Desired, ...] = ()
     scale: Scale | None = None
     delete: tuple[Deletion, ...] = ()
     is_current: bool = False
+    is_rolled_back: bool = False
+    has_failed: bool = False
+    canary: CanaryState | None = None
 
 
 def plan_workload(
@@ -75,136 +65,156 @@ def plan_workload(
     claim: str | None,
     observed: Observed,
     settings: Settings,
+    now: datetime,
     *,
     may_roll: bool,
 ) -> Workload:
-    """Decide about Deployment, Service and claim template.
+    """Decide about Deployment or LeaderWorkerSet, Service, claim template and budget.
 
     Args:
         may_roll: whether pods of the current spec could run, so that a new template may
             take the place of the old one.
     """
-    pin = Pin.of(observed.deployment)
+    planned = _plan_template(owner, spec, claim, observed, settings, now, may_roll=may_roll)
+    if observed.deployment is None and not planned.apply:
+        return planned
+    if spec.replicas > 1:
+        budget = Desired(disruption_budget(owner, spec))
+        return replace(planned, apply=(*planned.apply, budget))
+    needless = _deletions("PodDisruptionBudget", observed.disruption_budget)
+    return replace(planned, delete=(*planned.delete, *needless))
+
+
+def _plan_template(
+    owner: Object,
+    spec: ModelDeploymentSpec,
+    claim: str | None,
+    observed: Observed,
+    settings: Settings,
+    now: datetime,
+    *,
+    may_roll: bool,
+) -> Workload:
+    live = observed.deployment
+    pin = Pin.of(live)
     wanted = template_hash(spec, claim or "")
-    is_current = observed.deployment is not None and pin.spec_hash == wanted
-    if claim is None or not (is_current or may_roll):
-        return _keep_template(spec, observed, is_current=False)
+    is_current = live is not None and pin.spec_hash == wanted
+    if live is not None and pin.rolled_back == wanted and not is_current:
+        return Workload(scale=_kept(spec, live), is_rolled_back=True)
+    # A paused rollout does not begin either.
+    may_begin = may_roll and (live is None or not spec.rollout.paused)
+    if claim is None or not (is_current or may_begin):
+        return Workload(scale=_kept(spec, live))
+    failed = is_current and has_failed(live)
+    if failed:
+        back = _rolled_back(owner, spec, observed, wanted)
+        if back is not None:
+            return Workload(apply=(Desired(back),), is_rolled_back=True)
     if is_current and pin.version != str(VERSION):
-        return _keep_template(spec, observed, is_current=True)
+        return Workload(scale=_kept(spec, live), is_current=True, has_failed=failed)
     image = pin.loader_image if is_current and pin.loader_image else settings.loader_image
-    pin = Pin(str(VERSION), image, wanted)
-    claim_template = _claim_template(owner, spec)
-    desired = [_deployment(owner, spec, claim, pin, claim_template), _service(owner)]
-    if claim_template is not None:
-        desired.insert(0, claim_template)
-    return Workload(
-        apply=tuple(Desired(body, once=body is claim_template) for body in desired),
-        delete=_stale(observed, claim, claim_template) if is_current else (),
+    stable = pin.stable if is_current else stable_hash(live)
+    pin = Pin(str(VERSION), image, wanted, stable)
+    canary = canary_state(spec, wanted, observed, now) if live is not None else None
+    return replace(
+        _rendered(owner, spec, claim, pin, live, canary),
+        delete=_stale(owner, spec, observed, claim) if is_current else (),
         is_current=is_current,
+        has_failed=failed,
     )
 
 
-def is_rolled_out(deployment: Object | None, replicas: int) -> bool:
-    """Whether all replicas of a Deployment are of its latest template, and no others exist."""
-    if integer(deployment, "status", "observedGeneration") < integer(
-        deployment, "metadata", "generation"
-    ):
-        return False
-    counts = ("replicas", "updatedReplicas", "readyReplicas")
-    return all(integer(deployment, "status", count) == replicas for count in counts)
-
-
-def _keep_template(spec: ModelDeploymentSpec, observed: Observed, *, is_current: bool) -> Workload:
-    deployment = observed.deployment
-    if deployment is None or integer(deployment, "spec", "replicas") == spec.replicas:
-        return Workload(is_current=is_current)
-    return Workload(scale=Scale(name_of(deployment), spec.replicas), is_current=is_current)
-
-
-def _stale(observed: Observed, claim: str, claim_template: Object | None) -> tuple[Deletion, ...]:
-    """Return what no pod of the Deployment needs any more, once no old pod is left."""
-    replicas = integer(observed.deployment, "spec", "replicas")
-    if not is_rolled_out(observed.deployment, replicas):
-        return ()
-    kept = {claim, name_of(claim_template)}
-    stale = [("PersistentVolumeClaim", o) for o in observed.claims]
-    stale += [("ResourceClaimTemplate", o) for o in observed.claim_templates]
-    return tuple(
-        Deletion(kind, name_of(o), text(o, "metadata", "namespace"), uid_of(o))
-        for kind, o in stale
-        if name_of(o) not in kept and uid_of(o)
-    )
-
-
-def _deployment(
+def _rendered(
     owner: Object,
     spec: ModelDeploymentSpec,
     claim: str,
     pin: Pin,
-    claim_template: Object | None,
-) -> dict[str, Any]:
-    annotations = {
-        SPEC_HASH_ANNOTATION: pin.spec_hash,
-        TEMPLATE_VERSION_ANNOTATION: pin.version,
-        LOADER_IMAGE_ANNOTATION: pin.loader_image,
-    }
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": metadata(owner, name_of(owner), component=SERVE, annotations=annotations),
-        "spec": {
-            "replicas": spec.replicas,
-            "revisionHistoryLimit": 2,
-            "progressDeadlineSeconds": _PROGRESS_DEADLINE_SECONDS,
-            # There are no spare GPUs for a surge.
-            "strategy": {
-                "type": "RollingUpdate",
-                "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1},
-            },
-            "selector": {"matchLabels": selector(owner)},
-            "template": serving_pod_template(
-                owner,
-                spec,
-                claim=claim,
-                loader_image=pin.loader_image,
-                claim_template=name_of(claim_template) or None,
-            ),
-        },
-    }
+    live: Object | None,
+    canary: CanaryState | None,
+) -> Workload:
+    claims = claim_template(owner, spec)
+
+    def template(role: Role) -> dict[str, Any]:
+        return serving_pod_template(
+            owner,
+            spec,
+            role,
+            claim=claim,
+            loader_image=pin.loader_image,
+            claim_template=name_of(claims) or None,
+            template_hash=pin.spec_hash,
+        )
+
+    if spec.parallelism.nodes > 1:
+        leader, worker = template(Role.LEADER), template(Role.WORKER)
+        body = group_set(owner, spec, pin, leader, worker, canary=canary is not None)
+    else:
+        whole = template(Role.WHOLE)
+        body = deployment(owner, spec, pin, whole, live, canary=canary is not None)
+    desired = [Desired(body), Desired(service(owner, spec))]
+    if claims is not None:
+        desired.insert(0, Desired(claims, once=True))
+    return Workload(apply=tuple(desired), canary=canary)
 
 
-def _service(owner: Object) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": metadata(owner, name_of(owner), component=SERVE),
-        "spec": {
-            "selector": selector(owner),
-            "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": "http"}],
-        },
-    }
-
-
-def _claim_template(owner: Object, spec: ModelDeploymentSpec) -> dict[str, Any] | None:
-    """Return the template of the pods' GPU claims; it is immutable, so its name has its digest."""
-    if spec.gpu.sharing != "ResourceClaim":
+def _rolled_back(
+    owner: Object, spec: ModelDeploymentSpec, observed: Observed, given_up: str
+) -> dict[str, Any] | None:
+    """Return the Deployment with the last template whose pods were ready, if it is kept."""
+    stable = Pin.of(observed.deployment).stable
+    if stable in ("", given_up):
         return None
-    devices = {
-        "requests": [
-            {
-                "name": "gpu",
-                "exactly": {
-                    "deviceClassName": spec.gpu.device_class_name,
-                    "allocationMode": "ExactCount",
-                    "count": spec.parallelism.tensor_parallel_size,
-                },
-            }
-        ]
+    for replica_set in observed.replica_sets:
+        pin = Pin.of(replica_set)
+        template = mapping(replica_set, "spec", "template")
+        if pin.spec_hash == stable and template:
+            pin = Pin(pin.version, pin.loader_image, stable, stable, rolled_back=given_up)
+            body = _without_hash(template)
+            return deployment(owner, spec, pin, body, observed.deployment, canary=False)
+    return None
+
+
+def _without_hash(template: Object) -> dict[str, Any]:
+    """Return a ReplicaSet's pod template as its Deployment had it."""
+    labels = mapping(template, "metadata", "labels")
+    metadata = {
+        "labels": {k: v for k, v in labels.items() if k != "pod-template-hash"},
+        "annotations": dict(mapping(template, "metadata", "annotations")),
     }
-    name = child_name(name_of(owner), f"gpu-{digest(devices, 8)}")
-    return {
-        "apiVersion": "resource.k8s.io/v1",
-        "kind": "ResourceClaimTemplate",
-        "metadata": metadata(owner, name),
-        "spec": {"spec": {"devices": devices}},
-    }
+    return {"metadata": metadata, "spec": dict(mapping(template, "spec"))}
+
+
+def _kept(spec: ModelDeploymentSpec, live: Object | None) -> Scale | None:
+    """Return what has to change of a workload that keeps its template."""
+    if live is None:
+        return None
+    kind = "LeaderWorkerSet" if mapping(live, "spec", "leaderWorkerTemplate") else "Deployment"
+    wanted: dict[str, Any] = {}
+    if integer(live, "spec", "replicas") != spec.replicas:
+        wanted["replicas"] = spec.replicas
+    if kind == "Deployment" and (at(live, "spec", "paused") is True) != spec.rollout.paused:
+        wanted["paused"] = spec.rollout.paused
+    return Scale(kind, name_of(live), wanted) if wanted else None
+
+
+def _stale(
+    owner: Object, spec: ModelDeploymentSpec, observed: Observed, claim: str
+) -> tuple[Deletion, ...]:
+    """Return what no pod needs any more, once no old pod is left."""
+    replicas = integer(observed.deployment, "spec", "replicas")
+    if not is_rolled_out(observed.deployment, replicas):
+        return ()
+    stale = (
+        *_deletions("PersistentVolumeClaim", *observed.claims),
+        *_deletions("ResourceClaimTemplate", *observed.claim_templates),
+    )
+    kept = {claim, name_of(claim_template(owner, spec))}
+    return tuple(deletion for deletion in stale if deletion.name not in kept)
+
+
+def _deletions(kind: str, *objects: Object | None) -> tuple[Deletion, ...]:
+    return tuple(
+        Deletion(kind, name_of(o), text(o, "metadata", "namespace"), uid_of(o))
+        for o in objects
+        if uid_of(o)
+    )

@@ -17,6 +17,8 @@ class Settings:
     loader_image: str
     static_volumes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """File systems that spec.volume.static may name, by namespace; "*" stands for all."""
+    allowed_pod_fields: frozenset[str] = frozenset()
+    """Fields of spec.pod that are denied unless they are here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,10 @@ class Observed:
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
     are controlled by the ModelDeployment. `volume` is the static volume, or the one that the
     claim is bound to. `warnings` holds the latest warning event by the UID of a stuck pod, Job
-    or claim, `loaded_paths` what the loaders tell, by the UID of their pod. None means unknown,
-    or not there; `unreadable` has the kinds that the operator may not read.
+    or claim, `loaded_paths` what the loaders tell, by the UID of their pod. `deployment` is the
+    LeaderWorkerSet where replicas span nodes, `replica_sets` the history of the Deployment,
+    looked up when its rollout has failed. None means unknown, or not there; `unreadable` has the
+    kinds that the operator may not read.
     """
 
     claim: Object | None = None
@@ -55,12 +59,16 @@ class Observed:
     storage_class: Object | None = None
     jobs: tuple[Object, ...] = ()
     deployment: Object | None = None
+    replica_sets: tuple[Object, ...] = ()
+    disruption_budget: Object | None = None
     service: Object | None = None
     claims: tuple[Object, ...] = ()
     claim_templates: tuple[Object, ...] = ()
     pods: tuple[Object, ...] = ()
     gpus_of_nodes: frozenset[int] | None = None
     dra_served: bool | None = None
+    device_classes: frozenset[str] | None = None
+    groups_served: bool | None = None
     warnings: Mapping[str, Object] = field(default_factory=dict)
     loaded_paths: Mapping[str, LoadedPath] = field(default_factory=dict)
     rejections: tuple[Rejection, ...] = ()
@@ -81,6 +89,8 @@ class Needs:
     storage_class: str | None = None
     gpus_of_nodes: bool = False
     dra_served: bool = False
+    device_classes: bool = False
+    groups_served: bool = False
     loaded_paths: bool = False
 
 
@@ -105,10 +115,11 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A Deployment of which only the number of replicas may change."""
+    """A Deployment or LeaderWorkerSet that keeps its template: what may change of the rest."""
 
+    kind: str
     name: str
-    replicas: int
+    spec: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

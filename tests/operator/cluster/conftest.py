@@ -36,6 +36,7 @@ from headrace_operator.cluster.kinds import (
 )
 from localkube import Cluster
 from localkube.kwok import DEFAULT_STAGES
+from localkube.sources import source
 
 ROOT = Path(__file__).parents[3]
 CRD = ROOT / "crds/modeldeployments.headrace.dev.yaml"
@@ -83,6 +84,13 @@ class Kube:
     def create(self, kind: Kind, body: dict[str, Any], *, dry_run: bool = False) -> Any:
         path = kind.path(body["metadata"].get("namespace")) + "?fieldValidation=Strict"
         return self.request("POST", path + ("&dryRun=All" if dry_run else ""), body)
+
+    def apply(self, kind: Kind, body: dict[str, Any]) -> Any:
+        """Create an object, or make it so, as the test."""
+        full = {"apiVersion": kind.api_version, "kind": kind.name, **body}
+        path = kind.path(body["metadata"].get("namespace"), body["metadata"]["name"])
+        query = "?fieldManager=test&force=true"
+        return self.request("PATCH", path + query, full, "application/apply-patch+yaml")
 
     def get(self, kind: Kind, name: str, namespace: str | None = None) -> Any:
         """Return an object, or None."""
@@ -153,6 +161,7 @@ class Operator:
             "KUBECONFIG": str(self.kubeconfig),
             "HEADRACE_LOADER_IMAGE": "loader:1",
             "HEADRACE_STATIC_VOLUMES": '{"*": ["*"]}',
+            "HEADRACE_ALLOWED_POD_FIELDS": "serviceAccountName",
             "HEADRACE_LIVENESS_PORT": str(self.liveness_port),
             "HEADRACE_METRICS_PORT": str(self.metrics_port),
             **self.environment,
@@ -248,7 +257,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, audit_log: Path) -> Iterat
     """A cluster with the operator's account and rules, but without the CRD."""
     directory = tmp_path_factory.mktemp("cluster")
     stages = node_stages(tmp_path_factory.mktemp("kwok") / "stages.yaml")
-    made = Cluster(directory).up(kwok=1, kwok_stages=stages, api_server=audit_flags(audit_log))
+    made = Cluster(directory).up(
+        kwok=1,
+        kwok_stages=stages,
+        api_server=audit_flags(audit_log),
+        controller_manager={"horizontal-pod-autoscaler-sync-period": "1s"},
+    )
     with made as cluster:
         cluster.kubectl("create", "namespace", SYSTEM)
         install_rbac(cluster)
@@ -278,6 +292,7 @@ def without_crd(cluster: Cluster, kubeconfig: Path) -> subprocess.CompletedProce
 def kube(cluster: Cluster, without_crd: object) -> Kube:
     """The administrator's client of the cluster with the CRD."""
     cluster.kubectl("apply", "--server-side", "-f", str(CRD))
+    cluster.kubectl("apply", "--server-side", "-f", str(lws_crd()))
     condition = "--for=condition=Established"
     cluster.kubectl("wait", condition, "crd/modeldeployments.headrace.dev", "--timeout=20s")
     client = Kube(cluster)
@@ -290,6 +305,12 @@ def kube(cluster: Cluster, without_crd: object) -> Kube:
 
     eventually(is_served, "the CRD to be served")
     return client
+
+
+def lws_crd() -> Path:
+    """LeaderWorkerSet's own definition, from its Go module."""
+    crds = source("sigs.k8s.io/lws") / "config/crd/bases"
+    return crds / "leaderworkerset.x-k8s.io_leaderworkersets.yaml"
 
 
 @pytest.fixture(scope="session")
