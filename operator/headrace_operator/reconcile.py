@@ -99,6 +99,8 @@ class Reconciler:
         now = self.clock()
         observed = await self._observer.observe(resource, now)
         planned = plan(resource, observed, self.settings, now)
+        if planned.finalizer:
+            await self._executor.write_finalizer(resource, planned)
         rejections = await self._executor.write_children(resource, planned)
         if rejections:
             planned = plan(resource, replace(observed, rejections=rejections), self.settings, now)
@@ -108,6 +110,8 @@ class Reconciler:
         if planned.status is not None:
             await self._executor.write_status(resource, planned.status)
             report_conditions(*key, planned.status["status"]["conditions"])
+        if not planned.finalizer:
+            await self._executor.write_finalizer(resource, planned)
         self._cold_starts.note(self._pods(key))
         return planned.requeue_seconds
 

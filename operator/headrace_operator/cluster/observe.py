@@ -20,9 +20,9 @@ from headrace_operator.cluster.kinds import (
     Kind,
 )
 from headrace_operator.cluster.loaders import Loaders
-from headrace_operator.cluster.store import Store, key_of
+from headrace_operator.cluster.store import Key, Store, key_of
 from headrace_operator.errors import Forbidden, NotFound
-from headrace_operator.plan import Observed, needs
+from headrace_operator.plan import Observed, needs, path_in_use
 from headrace_operator.plan.failures import stuck
 from headrace_operator.plan.objects import controller_uid, mapping, text, uid_of
 from headrace_operator.plan.serving import loader_addresses
@@ -61,6 +61,7 @@ class Observer:
             pods=pods,
             gpus_of_nodes=await self._gpus_of_nodes.get() if wanted.gpus_of_nodes else None,
             dra_served=await self._dra_served.get() if wanted.dra_served else None,
+            paths_in_use=self._paths_of_others(key) if wanted.paths_in_use else frozenset(),
             warnings={
                 uid_of(body): event
                 for body in stuck(pods, jobs, now)
@@ -71,6 +72,10 @@ class Observer:
             return observed
         told = await self._loaders.paths(loader_addresses(observed))
         return replace(observed, loaded_paths=told)
+
+    def _paths_of_others(self, key: Key) -> frozenset[str]:
+        others = (self._store.resource(other) for other in self._store.resources() if other != key)
+        return frozenset(filter(None, (path_in_use(other) for other in others if other)))
 
     def _owned(self, kind: Kind, resource: Object) -> tuple[Object, ...]:
         children = self._store.children(kind, key_of(resource))

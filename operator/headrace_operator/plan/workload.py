@@ -50,7 +50,7 @@ class Pin:
 
 def template_hash(spec: ModelDeploymentSpec, claim: str) -> str:
     """Return the digest of what the template depends on besides the operator's own settings."""
-    own = spec_hash(spec, without=frozenset({"replicas", "sharding"}))
+    own = spec_hash(spec, without=frozenset({"replicas", "sharding", "checkpoint"}))
     return digest([own, claim], 16)
 
 

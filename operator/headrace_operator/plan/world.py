@@ -42,7 +42,8 @@ class Observed:
 
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
     are controlled by the ModelDeployment. `warnings` holds the latest warning event by the
-    UID of a stuck pod or Job, `loaded_paths` what the loaders tell, by the UID of their pod.
+    UID of a stuck pod or Job, `loaded_paths` what the loaders tell, by the UID of their pod, `paths_in_use` the
+    checkpoints of all other ModelDeployments, on whatever volume.
     None means unknown, or not there.
     """
 
@@ -59,6 +60,7 @@ class Observed:
     dra_served: bool | None = None
     warnings: Mapping[str, Object] = field(default_factory=dict)
     loaded_paths: Mapping[str, LoadedPath] = field(default_factory=dict)
+    paths_in_use: frozenset[str] = frozenset()
     rejections: tuple[Rejection, ...] = ()
 
     def rejection(self, *kinds: str) -> Rejection | None:
@@ -76,6 +78,7 @@ class Needs:
     gpus_of_nodes: bool = False
     dra_served: bool = False
     loaded_paths: bool = False
+    paths_in_use: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +133,5 @@ class Plan:
     status: Mapping[str, Any] | None = None
     transitions: tuple[Transition, ...] = ()
     requeue_seconds: float | None = None
+    finalizer: bool | None = None
+    """Whether our finalizer has to be there; None where it does not matter."""
