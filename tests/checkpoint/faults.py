@@ -6,7 +6,8 @@ For n = 1, 2, ... a forked child shards SOURCE into DIRECTORY/n/checkpoint; just
 n-th system call that changes the volume, or halfway into it where that is a write, it is killed
 by SIGKILL, or that call fails with EIO or ENOSPC. A second child then runs undisturbed. Prints one
 line of JSON per n, until a first child ends undisturbed: how both ended, how many parts the
-second took over, and what lay on the volume after each. The system calls are real except for the one that is made to fail.
+second took over, and what lay on the volume after each. The system calls are real except for the
+one that is made to fail.
 """
 
 import contextlib

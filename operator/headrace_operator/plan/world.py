@@ -42,8 +42,8 @@ class Observed:
 
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
     are controlled by the ModelDeployment. `warnings` holds the latest warning event by the
-    UID of a stuck pod or Job, `loaded_paths` what the loaders tell, by the UID of their pod, `paths_in_use` the
-    checkpoints of all other ModelDeployments, on whatever volume.
+    UID of a stuck pod or Job, `loaded_paths` what the loaders tell, by the UID of their pod,
+    `paths_in_use` the checkpoints of all other ModelDeployments, on whatever volume.
     None means unknown, or not there.
     """
 
