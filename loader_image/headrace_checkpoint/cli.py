@@ -23,10 +23,11 @@ from headrace_checkpoint.errors import (
 from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import FORMAT_VERSION
 from headrace_checkpoint.planner import DEFAULT_PART_BYTES
-from headrace_checkpoint.report import ArgumentParser, log, report_termination
+from headrace_checkpoint.publish import delete
+from headrace_checkpoint.report import ArgumentParser, log, report_termination, talk_to
 from headrace_checkpoint.sharder import ShardRequest, shard
 from headrace_checkpoint.storage import make_directories
-from headrace_checkpoint.verifier import verify
+from headrace_checkpoint.verifier import compare_source, verify
 
 _DIRECTORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _MAX_TENSOR_PARALLEL = 1024
@@ -35,11 +36,14 @@ _MAX_TENSOR_PARALLEL = 1024
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0, 64, 65, 70 or 75)."""
     options = parser()[0].parse_args(arguments)
+    talk_to(people=sys.stderr.isatty() and not getattr(options, "json", True))
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
 
 
 def _shard(options: argparse.Namespace) -> int:
+    if not 0 <= options.worker < options.workers:
+        parser()[0].error(f"--worker {options.worker}: must be from 0 to {options.workers - 1}")
     request = ShardRequest(
         source=options.source,
         output=options.output,
@@ -49,6 +53,8 @@ def _shard(options: argparse.Namespace) -> int:
         layout=options.layout,
         revision=options.revision,
         part_bytes=options.part_bytes,
+        workers=options.workers,
+        worker=options.worker,
     )
     started = time.monotonic()
     try:
@@ -62,7 +68,7 @@ def _shard(options: argparse.Namespace) -> int:
         log("defect", "error", trace=traceback.format_exc())
         return _failed("InternalError", f"{type(error).__name__}: {error}", os.EX_SOFTWARE)
     seconds = round(time.monotonic() - started, 3)
-    total = result.manifest.total_bytes
+    total = result.total_bytes
     log(result.reason, output=str(options.output), totalBytes=total, seconds=seconds)
     message = f"{options.output}: {total} bytes"
     report_termination(result.reason, message, totalBytes=total, seconds=seconds)
@@ -79,6 +85,8 @@ def _verify(options: argparse.Namespace) -> int:
     try:
         with _interruptible():
             manifest = verify(options.directory)
+            if options.source is not None:
+                compare_source(manifest, options.source, options.revision, str(options.directory))
     except FileNotFoundError as error:
         log("failed", "error", reason=ManifestInvalid.__name__, message=str(error))
         return ManifestInvalid.exit_code
@@ -86,6 +94,19 @@ def _verify(options: argparse.Namespace) -> int:
         log("failed", "error", reason=error.reason, message=str(error))
         return error.exit_code
     log("verified", directory=str(options.directory), totalBytes=manifest.total_bytes)
+    return 0
+
+
+def _delete(options: argparse.Namespace) -> int:
+    for directory in options.directories:
+        try:
+            with _interruptible():
+                deleted = delete(directory)
+        except CheckpointError as error:
+            return _failed(error.reason, str(error), error.exit_code)
+        log("Deleted" if deleted else "AlreadyDeleted", directory=str(directory))
+    message = ", ".join(map(str, options.directories))
+    report_termination("Deleted", message)
     return 0
 
 
@@ -153,8 +174,17 @@ def parser() -> tuple[ArgumentParser, Commands]:
     sharding.add_argument(
         "--part-bytes",
         type=_natural,
-        default=DEFAULT_PART_BYTES,
-        help="size at which a rank's data goes on in another file (default: %(default)s)",
+        help=f"size at which a rank's data goes on in another file (at most {DEFAULT_PART_BYTES}, "
+        "less where the workers would have none)",
+    )
+    sharding.add_argument(
+        "--workers", type=_natural, default=1, help="processes that share the work (1)"
+    )
+    sharding.add_argument(
+        "--worker",
+        type=int,
+        default=os.environ.get("JOB_COMPLETION_INDEX", "0"),
+        help="which of them this is, from 0 (default: the index in a Job)",
     )
     sharding.add_argument(
         "--engine-cache-store",
@@ -164,6 +194,15 @@ def parser() -> tuple[ArgumentParser, Commands]:
     verifying = commands.add_parser("verify", help="check every byte of a checkpoint")
     verifying.set_defaults(command=_verify)
     verifying.add_argument("directory", type=Path)
+    verifying.add_argument("--source", help="also check that it was made of this model")
+    verifying.add_argument("--revision", default="main", help="of an hf:// source (main)")
+    deleting = commands.add_parser("delete", help="delete checkpoints that nobody uses")
+    deleting.set_defaults(command=_delete)
+    deleting.add_argument("directories", nargs="+", type=_output, metavar="DIRECTORY")
+    for command in (sharding, verifying, deleting):
+        command.add_argument(
+            "--json", action="store_true", help="JSON lines on a terminal, too, and no bar"
+        )
     return parser, commands
 
 

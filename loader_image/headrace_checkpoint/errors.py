@@ -72,6 +72,10 @@ class CheckpointConflict(InputError):
     """The target directory exists and is not the checkpoint that was asked for."""
 
 
+class SourceChanged(InputError):
+    """The source is not the one that the published checkpoint was made of."""
+
+
 class TransientError(CheckpointError):
     """The environment failed; the same call may succeed later."""
 
@@ -88,6 +92,10 @@ class VolumeReadOnly(TransientError):
 
 class StorageError(TransientError):
     """Reading or writing failed for another reason, such as EIO or ESTALE."""
+
+
+class CheckpointInUse(TransientError):
+    """Somebody reads or writes what was to be deleted, or nobody can tell."""
 
 
 class Interrupted(TransientError):

@@ -135,6 +135,8 @@ class Manifest:
     parts: tuple[Part, ...]
     files: tuple[CopiedFile, ...]
     digest_algorithm: str = "sha256"
+    source: tuple[CopiedFile, ...] = ()
+    """Fingerprints of the source's files; empty where the writer kept none."""
 
     @property
     def total_bytes(self) -> int:
@@ -163,6 +165,7 @@ class Manifest:
             "totalBytes": self.total_bytes,
             "parts": [part.to_object() for part in self.parts],
             "files": [file.to_object() for file in self.files],
+            "source": [file.to_object() for file in self.source],
         }
         return json.dumps(document, separators=(",", ":"), sort_keys=False).encode() + b"\n"
 
@@ -191,6 +194,7 @@ class Manifest:
             ),
             files=tuple(_file(node) for node in root.field("files").items()),
             digest_algorithm=algorithm,
+            source=tuple(_fingerprint(node) for node in root.optional("source").items()),
         )
         root.field("totalBytes").equals(manifest.total_bytes)
         _check_ranks(manifest, root.field("parts"))
@@ -225,6 +229,17 @@ def read_manifest_and_content(directory: Path | str) -> tuple[Manifest, bytes]:
         raise ManifestInvalid(f"{path}: {error}") from None
 
 
+def parts_from_json(content: bytes) -> tuple[Part, ...]:
+    """Parse a list of parts as written by this version; raises ManifestInvalid."""
+    digits = DIGEST_HEX_DIGITS[MULTILINEAR64]
+    return tuple(_part(node, CHUNK_BYTES, digits) for node in _Node.parse(content).items())
+
+
+def copied_files(value: object) -> tuple[CopiedFile, ...]:
+    """The inverse of `CopiedFile.to_object` for a list of them; raises ManifestInvalid."""
+    return tuple(_fingerprint(node) for node in _Node(value, "files").items())
+
+
 class _Node:
     """A JSON value together with its path, for messages that name the field."""
 
@@ -254,6 +269,11 @@ class _Node:
         if name not in value:
             raise ManifestInvalid(f"{path}: missing")
         return _Node(value[name], path)
+
+    def optional(self, name: str) -> "_Node":
+        """Return a field that may be missing, as an empty list then."""
+        value = self.mapping()
+        return self.field(name) if name in value else _Node([], name)
 
     def items(self) -> list["_Node"]:
         if not isinstance(self.value, list):
@@ -389,6 +409,14 @@ def _tensor(node: _Node) -> TensorEntry:
 def _file(node: _Node) -> CopiedFile:
     return CopiedFile(
         file=node.field("file").file_name(),
+        nbytes=node.field("bytes").integer(),
+        digest=node.field("digest").digest(DIGEST_HEX_DIGITS["sha256"]),
+    )
+
+
+def _fingerprint(node: _Node) -> CopiedFile:
+    return CopiedFile(
+        file=node.field("file").text(),
         nbytes=node.field("bytes").integer(),
         digest=node.field("digest").digest(DIGEST_HEX_DIGITS["sha256"]),
     )

@@ -136,6 +136,12 @@ def plan(
     )
 
 
+def in_parts(whole: Plan, part_bytes: int) -> Plan:
+    """Return the plan with parts of another size."""
+    targets = [target for part in whole.parts for target in part.tensors]
+    return replace(whole, parts=tuple(_part(group) for group in _groups(targets, part_bytes)))
+
+
 def resolve_dtype(requested: str, config: ModelConfig, sources: Mapping[str, SourceTensor]) -> str:
     """Turn `auto`, `bfloat16`, ... into a safetensors name, as vLLM resolves `--dtype`.
 

@@ -21,8 +21,29 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(os.EX_USAGE, f"{self.prog}: {message}\n")
 
 
+_for_people = False
+
+
+def is_for_people() -> bool:
+    """Whether the command talks to somebody at a terminal."""
+    return _for_people
+
+
+def talk_to(*, people: bool) -> None:
+    """Print for people from now on, or JSON for programs."""
+    global _for_people  # noqa: PLW0603 - there is one standard output
+    _for_people = people
+
+
 def log(event: str, level: str = "info", /, **fields: object) -> None:
-    """Print one JSON line: level, time, event and the fields."""
+    """Print one JSON line: level, time, event and the fields; for people, as words on stderr."""
+    if _for_people:
+        from tqdm import tqdm
+
+        words = " ".join(f"{name}={value}" for name, value in fields.items())
+        mark = "" if level == "info" else f"{level}: "
+        tqdm.write(f"{mark}{event}: {words}", file=sys.stderr)
+        return
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"level": level, "time": time, "event": event, **fields}
     sys.stdout.write(json.dumps(line) + "\n")

@@ -1,9 +1,10 @@
 """Makes a checkpoint from a source model: plan, write, digest, publish."""
 
+import functools
 import hashlib
-import time
+import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,15 +16,21 @@ import numpy as np
 
 from headrace_checkpoint import digest
 from headrace_checkpoint.convert import STORAGE, Array, convert
-from headrace_checkpoint.errors import CheckpointConflict, ConfigInvalid
+from headrace_checkpoint.errors import (
+    CheckpointError,
+    ConfigInvalid,
+    DigestMismatch,
+    SourceChanged,
+    StorageError,
+)
 from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import (
     CHUNK_BYTES,
-    FILE_NAME,
     CopiedFile,
     Manifest,
     Parallelism,
     Part,
+    copied_files,
 )
 from headrace_checkpoint.places import find_place
 from headrace_checkpoint.planner import (
@@ -33,22 +40,42 @@ from headrace_checkpoint.planner import (
     Plan,
     Segment,
     Slice,
+    in_parts,
     plan,
     resolve_dtype,
 )
-from headrace_checkpoint.publish import Workspace, collect_leftovers, find_published
+from headrace_checkpoint.progress import Progress
+from headrace_checkpoint.publish import find_published
 from headrace_checkpoint.report import log
 from headrace_checkpoint.source import Source
-from headrace_checkpoint.storage import AlignedBuffer, check_free_space, write_file
+from headrace_checkpoint.staging import Staging, collect_leftovers, join
+from headrace_checkpoint.storage import (
+    AlignedBuffer,
+    check_free_space,
+    make_directories,
+    write_file,
+)
 from headrace_checkpoint.striping import check_striping, set_striping
+from headrace_checkpoint.verifier import compare_source, verify_part
 from headrace_checkpoint.writer import PartWriter
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Source bytes read at a time; with the writers' chunks this bounds memory."""
 
 _BLOCKS_AHEAD = 4
-_THREADS = 8  # they mostly wait for the disk, which needs several transfers under way
-_PROGRESS_SECONDS = 10.0
+# They mostly wait for the disk, which needs several transfers under way. Readers are threads of
+# their own: behind a queue of chunks to be written, none would be read meanwhile.
+_WRITERS = 8
+_READERS = 4
+_SMALLEST_PART_BYTES = 64 * 1024 * 1024
+_WRITER = 1  # one more whenever other bytes are written for the same request
+
+
+class Executors(NamedTuple):
+    """Threads that read blocks, and threads that digest and write chunks."""
+
+    reading: Executor
+    writing: Executor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +83,8 @@ class ShardRequest:
     """What to make; `identity` is stored in the manifest and tells checkpoints apart.
 
     `source` is a directory, s3://BUCKET/PREFIX or hf://OWNER/NAME, of which `revision` is a branch,
-    tag or commit. `dtype` is auto, bfloat16, float16 or float32.
+    tag or commit. `dtype` is auto, bfloat16, float16 or float32. The work is shared out to
+    `workers` processes, of which this is number `worker`.
     """
 
     source: Path | str
@@ -65,20 +93,25 @@ class ShardRequest:
     identity: Mapping[str, object]
     dtype: str = "auto"
     layout: str = "vllm"
-    part_bytes: int = DEFAULT_PART_BYTES
+    part_bytes: int | None = None
     revision: str = "main"
+    workers: int = 1
+    worker: int = 0
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """How it ended: `reason` is Published or AlreadyPublished."""
+    """How it ended: `reason` is Published, AlreadyPublished, or PartsWritten.
+
+    With PartsWritten, this worker has done its share and others have not yet.
+    """
 
     reason: str
-    manifest: Manifest
+    total_bytes: int
 
 
 def shard(request: ShardRequest) -> ShardResult:
-    """Write and publish the checkpoint, unless it is there already.
+    """Write this worker's parts, and publish the checkpoint once all are there.
 
     Raises the errors of headrace_checkpoint.errors; whatever is raised, nothing but a
     whole checkpoint is ever visible at `request.output`.
@@ -86,24 +119,211 @@ def shard(request: ShardRequest) -> ShardResult:
     collect_leftovers(request.output)
     manifest = find_published(request.output, request.identity)
     if manifest is not None:
-        return ShardResult("AlreadyPublished", manifest)
-    with Source(find_place(str(request.source), request.revision)) as source:
-        checkpoint_plan = _plan(request, source)
-        with Workspace(request.output) as workspace:
-            check_free_space(workspace.path, checkpoint_plan.total_bytes)
-            part_bytes = max(part.data_bytes for part in checkpoint_plan.parts)
-            stripes = set_striping(workspace.path, part_bytes)
-            manifest = _write(request, source, checkpoint_plan, workspace.path)
-            if stripes:
-                check_striping(workspace.path, [part.file for part in manifest.parts], stripes)
-            source.check_unchanged()
-            published = workspace.publish()
-    if published:
-        return ShardResult("Published", manifest)
-    manifest = find_published(request.output, request.identity)
-    if manifest is None:
-        raise CheckpointConflict(f"{request.output}: appeared and vanished while it was published")
-    return ShardResult("AlreadyPublished", manifest)
+        collect_leftovers(request.output, also_work=True)
+        _compare_source(request, manifest)
+        return ShardResult("AlreadyPublished", manifest.total_bytes)
+    try:
+        with Source(find_place(str(request.source), request.revision)) as source:
+            return _make(request, source)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        # Whoever publishes takes the staging directory away from the others.
+        manifest = find_published(request.output, request.identity)
+        if manifest is None:
+            raise
+        return ShardResult("AlreadyPublished", manifest.total_bytes)
+
+
+def _compare_source(request: ShardRequest, published: Manifest) -> None:
+    """Raise SourceChanged where the source can be read and is not what was published."""
+    try:
+        compare_source(published, str(request.source), request.revision, str(request.output))
+    except SourceChanged:
+        raise
+    except CheckpointError as error:
+        # What is published is whole, and can be served when its source is long gone.
+        log("source-not-compared", "warning", error=str(error))
+
+
+def _make(request: ShardRequest, source: Source) -> ShardResult:
+    checkpoint_plan = _plan(request, source)
+    fingerprints = [file.to_object() for file in source.fingerprints()]
+    terms = {
+        "writer": _WRITER,
+        "identity": dict(request.identity),
+        "source": fingerprints,
+        "dtype": request.dtype,
+        "layout": request.layout,
+        "tensorParallelSize": request.tensor_parallel_size,
+    }
+    # The same as what a plan read back from JSON has.
+    terms = json.loads(json.dumps(terms))
+    part_bytes = _part_bytes(request, checkpoint_plan)
+
+    def prepare(directory: Path) -> dict[str, object]:
+        largest = max(part.data_bytes for part in checkpoint_plan.parts)
+        stripes = set_striping(directory, min(part_bytes, largest))
+        data = directory / "checkpoint"
+        make_directories(data)
+        files = [_copy(source, name, data).to_object() for name in source.files_to_copy()]
+        return {"partBytes": part_bytes, "stripes": stripes, "files": files}
+
+    with join(request.output, terms, prepare) as staging:
+        checkpoint_plan = in_parts(checkpoint_plan, staging.plan["partBytes"])
+        worker = _Worker(request, source, checkpoint_plan, staging)
+        worker.write()
+        missing = set(range(len(checkpoint_plan.parts))) - staging.recorded()
+        total = checkpoint_plan.total_bytes
+        if missing:
+            log("parts-missing", parts=len(missing), reason="other workers have them")
+            return ShardResult("PartsWritten", total)
+        published = staging.publish(worker.manifest())
+    if not published and find_published(request.output, request.identity) is None:
+        raise StorageError(f"{request.output}: appeared and vanished while it was published")
+    return ShardResult("Published" if published else "AlreadyPublished", total)
+
+
+def _part_bytes(request: ShardRequest, checkpoint_plan: Plan) -> int:
+    """Bytes at which parts are closed, so that there are some for every worker."""
+    if request.part_bytes is not None:
+        return request.part_bytes
+    share = checkpoint_plan.total_bytes // request.tensor_parallel_size // request.workers
+    return max(_SMALLEST_PART_BYTES, min(DEFAULT_PART_BYTES, share))
+
+
+class _Worker:
+    """Writes the parts of one worker, and others that nobody has begun."""
+
+    def __init__(
+        self, request: ShardRequest, source: Source, checkpoint_plan: Plan, staging: Staging
+    ) -> None:
+        self._request = request
+        self._source = source
+        self._plan = checkpoint_plan
+        self._staging = staging
+        shares = assign([part.data_bytes for part in checkpoint_plan.parts], request.workers)
+        self._own = shares[request.worker]
+        self._others = [number for share in shares if share is not self._own for number in share]
+        # What was recorded before is read once more; what is from now on was just written.
+        self._unverified = staging.recorded() & set(self._own)
+
+    def write(self) -> None:
+        """Return when all of this worker's parts are recorded."""
+        todo = [number for number in self._own if not self._is_done(number)]
+        ranks = self._request.tensor_parallel_size
+        total = ranks * sum(self._plan.parts[number].data_bytes for number in todo)
+        check_free_space(self._staging.path, total)
+        if len(todo) < len(self._own):
+            log("resumed", parts=len(self._own) - len(todo), left=len(todo))
+        with (
+            ThreadPoolExecutor(_READERS) as readers,
+            ThreadPoolExecutor(_WRITERS) as writers,
+            Progress(total) as progress,
+        ):
+            executors = Executors(readers, writers)
+            # Two writers of one part are one too many, but none without locks is too few.
+            others = self._others if self._staging.has_locks else []
+            for number in (*todo, *others):
+                self._write_part(number, executors, progress)
+            for number in todo:
+                attempt = functools.partial(self._write_part, number, executors, progress)
+                if not self._staging.wait(attempt):
+                    log("other-writer-overtaken", "warning", part=number)
+                    attempt(anyway=True)
+
+    def manifest(self) -> Manifest:
+        """Return the manifest of the whole; raises StorageError where a part is not as recorded."""
+        parts: list[Part] = []
+        for number in range(len(self._plan.parts)):
+            found = self._staging.part(number)
+            if found is None or not self._has_files(found):
+                self._staging.reject(number, "its files are missing or of another size")
+                raise StorageError(
+                    f"{self._staging.path}: part {number} was lost; run the command again"
+                )
+            parts += found
+        if self._staging.plan["stripes"]:
+            files = [part.file for part in parts]
+            check_striping(self._staging.data, files, self._staging.plan["stripes"])
+        return Manifest(
+            layout=self._request.layout,
+            identity=dict(self._request.identity),
+            architecture=self._plan.architecture,
+            parallelism=Parallelism(tensor=self._request.tensor_parallel_size),
+            chunk_bytes=CHUNK_BYTES,
+            parts=tuple(sorted(parts, key=lambda part: (part.rank, part.part))),
+            files=copied_files(self._staging.plan["files"]),
+            digest_algorithm=digest.ALGORITHM,
+            source=copied_files(self._staging.plan["terms"]["source"]),
+        )
+
+    def _write_part(
+        self, number: int, executors: Executors, progress: Progress, *, anyway: bool = False
+    ) -> bool:
+        """Write a part unless it is done; False where another writer has it under way."""
+        if self._is_done(number):
+            return True
+        with self._staging.claim(number) as claimed:
+            if not (claimed or anyway):
+                return False
+            if self._is_done(number):
+                return True
+            plan_of_part = self._plan.parts[number]
+            parts = _write_part(
+                self._source, plan_of_part, number, self._staging.mine, executors, progress
+            )
+            self._source.check_unchanged()
+            self._staging.record(number, tuple(parts))
+        log("part-written", part=number, **progress.fields())
+        return True
+
+    def _is_done(self, number: int) -> bool:
+        parts = self._staging.part(number)
+        if parts is None:
+            return False
+        if number in self._unverified:
+            self._unverified.discard(number)
+            error = self._error(number, parts)
+            if error:
+                self._staging.reject(number, error)
+                return False
+        return True
+
+    def _error(self, number: int, parts: tuple[Part, ...]) -> str | None:
+        """What is wrong with a part that an earlier run has written: every byte is read."""
+        entries = self._plan.parts[number].entries
+        if len(parts) != self._request.tensor_parallel_size or any(
+            part.tensors != entries for part in parts
+        ):
+            return "it has other tensors than planned"
+        try:
+            for part in parts:
+                verify_part(self._staging.data, part, digest.ALGORITHM, CHUNK_BYTES)
+        except DigestMismatch as error:
+            return str(error)
+        return None
+
+    def _has_files(self, parts: Iterable[Part]) -> bool:
+        for part in parts:
+            try:
+                size = (self._staging.data / part.file).stat().st_size
+            except FileNotFoundError:
+                return False
+            if size != part.file_bytes:
+                return False
+        return True
+
+
+def assign(sizes: Sequence[int], workers: int) -> list[list[int]]:
+    """Share out parts of these sizes, the largest first, each to whoever has least."""
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    loads = [0] * workers
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        least = loads.index(min(loads))
+        shares[least].append(number)
+        loads[least] += sizes[number]
+    return [sorted(share) for share in shares]
 
 
 def _plan(request: ShardRequest, source: Source) -> Plan:
@@ -116,7 +336,7 @@ def _plan(request: ShardRequest, source: Source) -> Plan:
         source.tensors,
         tensor_parallel_size=request.tensor_parallel_size,
         dtype=dtype,
-        part_bytes=request.part_bytes,
+        part_bytes=request.part_bytes or DEFAULT_PART_BYTES,
     )
     for copy, original in checkpoint_plan.equal:
         _check_equal(source, copy, original)
@@ -149,28 +369,6 @@ def _check_equal(source: Source, copy: str, original: str) -> None:
         )
 
 
-def _write(request: ShardRequest, source: Source, checkpoint_plan: Plan, path: Path) -> Manifest:
-    files = tuple(_copy(source, name, path) for name in source.files_to_copy())
-    parts: list[Part] = []
-    progress = _Progress(checkpoint_plan.total_bytes)
-    with ThreadPoolExecutor(_THREADS) as executor:
-        for number, part_plan in enumerate(checkpoint_plan.parts):
-            parts += _write_part(source, part_plan, number, path, executor, progress)
-            log("part-written", part=number, **progress.fields())
-    manifest = Manifest(
-        layout=request.layout,
-        identity=dict(request.identity),
-        architecture=checkpoint_plan.architecture,
-        parallelism=Parallelism(tensor=request.tensor_parallel_size),
-        chunk_bytes=CHUNK_BYTES,
-        parts=tuple(sorted(parts, key=lambda part: (part.rank, part.part))),
-        files=files,
-        digest_algorithm=digest.ALGORITHM,
-    )
-    write_file(path / FILE_NAME, manifest.to_json())
-    return manifest
-
-
 def _copy(source: Source, name: str, directory: Path) -> CopiedFile:
     content = source.read_small_file(name)
     write_file(directory / name, content)
@@ -182,8 +380,8 @@ def _write_part(
     part_plan: PartPlan,
     number: int,
     directory: Path,
-    executor: Executor,
-    progress: "_Progress",
+    executors: Executors,
+    progress: Progress,
 ) -> list[Part]:
     """Write one part of all ranks side by side, so that each source block is read once."""
     ranks = range(len(part_plan.tensors[0].by_rank))
@@ -191,14 +389,16 @@ def _write_part(
         writers = []
         for rank in ranks:
             path = directory / f"model-rank-{rank}-part-{number}.safetensors"
-            writer = PartWriter(path, rank, number, part_plan, digest.ALGORITHM, executor)
+            writer = PartWriter(path, rank, number, part_plan, digest.ALGORITHM, executors.writing)
             stack.callback(writer.close)
             writers.append(writer)
-        for blocks in _read_ahead(source, part_plan, executor):
+        for blocks in _read_ahead(source, part_plan, executors.reading):
             for rank, block in blocks:
                 writers[rank].append(block)
                 progress.add(block.nbytes)
-        return [writer.finish() for writer in writers]
+        parts = [writer.finish() for writer in writers]
+        list(executors.writing.map(PartWriter.sync, writers))
+        return parts
 
 
 class _Piece(NamedTuple):
@@ -269,27 +469,3 @@ def _row_blocks(rows: tuple[int, int], row_bytes: int) -> Iterator[tuple[int, in
     step = max(1, BLOCK_BYTES // row_bytes)
     for begin in range(*rows, step):
         yield begin, min(begin + step, rows[1])
-
-
-class _Progress:
-    """Counts written bytes and logs them at intervals."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._started = self._logged = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if time.monotonic() - self._logged > _PROGRESS_SECONDS:
-            self._logged = time.monotonic()
-            log("progress", **self.fields())
-
-    def fields(self) -> dict[str, object]:
-        seconds = time.monotonic() - self._started
-        return {
-            "bytes": self._done,
-            "totalBytes": self._total,
-            "seconds": round(seconds, 3),
-            "mibPerSecond": round(self._done / max(seconds, 1e-6) / 2**20, 1),
-        }

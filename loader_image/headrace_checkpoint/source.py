@@ -1,5 +1,6 @@
 """The source model: config.json and safetensors files of one place."""
 
+import hashlib
 import json
 import math
 from contextlib import closing
@@ -11,13 +12,14 @@ import numpy as np
 
 from headrace_checkpoint.config import ModelConfig
 from headrace_checkpoint.convert import STORAGE, Array
-from headrace_checkpoint.dtypes import ITEM_BYTES
+from headrace_checkpoint.dtypes import ITEM_BYTES, tensor_bytes
 from headrace_checkpoint.errors import (
     ConfigInvalid,
     SourceCorrupt,
     SourceNotFound,
     TensorMissing,
 )
+from headrace_checkpoint.manifest import CopiedFile
 from headrace_checkpoint.places import OpenFile, Place
 from headrace_checkpoint.planner import SourceTensor
 from headrace_checkpoint.safetensors_format import read_header
@@ -34,6 +36,8 @@ _COPIED = (
     "merges.txt",
     "chat_template*",
 )
+_SAMPLED_TENSORS = 1024  # of a file
+_SAMPLE_BYTES = 64
 _MAX_SMALL_FILE = 256 * 1024 * 1024
 
 
@@ -100,6 +104,35 @@ class Source:
         """Raise StorageError where a weight file was written since it was opened."""
         for file in self._files.values():
             file.check_unchanged()
+
+    def fingerprints(self) -> tuple[CopiedFile, ...]:
+        """What tells this model from another one in the same place, by file.
+
+        The digest is of a copied file's content; of a weight file's version, where its place has
+        one, as S3 has ETags; else of its header and of some bytes in the middle of every tensor.
+        """
+        copied = (self._content_print(name) for name in self.files_to_copy())
+        return (*copied, *(self._weights_print(name) for name in sorted(self._files)))
+
+    def _content_print(self, name: str) -> CopiedFile:
+        content = self.read_small_file(name)
+        return CopiedFile(name, len(content), hashlib.sha256(content).hexdigest())
+
+    def _weights_print(self, name: str) -> CopiedFile:
+        file, found = self._files[name], hashlib.sha256()
+        if file.version:
+            found.update(file.version.encode())
+        else:
+            length = int.from_bytes(file.read_at(0, 8), "little")
+            found.update(file.read_at(0, 8 + length))
+            buffer = AlignedBuffer()
+            tensors = [tensor for tensor in self.tensors.values() if tensor.file == name]
+            for tensor in tensors[:: -(-len(tensors) // _SAMPLED_TENSORS) or 1]:
+                nbytes = tensor_bytes(tensor.dtype, tensor.shape)
+                begin = max(0, nbytes // 2 - _SAMPLE_BYTES)
+                length = min(_SAMPLE_BYTES, nbytes)
+                found.update(file.read_aligned(tensor.offset + begin, length, buffer))
+        return CopiedFile(name, file.size, found.hexdigest())
 
     def files_to_copy(self) -> list[str]:
         """Names of configuration and tokenizer files, which engines want beside the weights."""

@@ -139,6 +139,11 @@ class SourceFile:
         """Bytes, as of opening."""
         return self._opened.st_size
 
+    @property
+    def version(self) -> str:
+        """None: times change without the content, and may not where it does."""
+        return ""
+
     def read_at(self, offset: int, length: int) -> bytes:
         """Read exactly `length` bytes; raises SourceCorrupt where the file ends before."""
         buffer = bytearray(length)

@@ -1,15 +1,18 @@
 """Checks a published checkpoint against its manifest, byte for byte."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from headrace_checkpoint.digest import digester
-from headrace_checkpoint.errors import DigestMismatch, SourceCorrupt, SourceNotFound
+from headrace_checkpoint.errors import DigestMismatch, SourceChanged, SourceCorrupt, SourceNotFound
 from headrace_checkpoint.manifest import CopiedFile, Manifest, Part, read_manifest
+from headrace_checkpoint.places import find_place
+from headrace_checkpoint.progress import Progress
 from headrace_checkpoint.report import log
 from headrace_checkpoint.safetensors_format import read_header
+from headrace_checkpoint.source import Source
 from headrace_checkpoint.storage import SourceFile
 
 
@@ -22,10 +25,34 @@ def verify(directory: Path) -> Manifest:
     manifest = read_manifest(directory)
     for file in manifest.files:
         _verify_file(directory, file)
-    for part in manifest.parts:
-        _verify_part(directory, manifest, part)
-        log("part-verified", file=part.file, bytes=part.data_bytes)
+    with Progress(manifest.total_bytes) as progress:
+        for part in manifest.parts:
+            verify_part(
+                directory, part, manifest.digest_algorithm, manifest.chunk_bytes, progress.add
+            )
+            log("part-verified", file=part.file, bytes=part.data_bytes)
     return manifest
+
+
+def compare_source(manifest: Manifest, source: str, revision: str, name: str) -> None:
+    """Compare the fingerprints that `name`'s manifest has of its source with that source.
+
+    Raises SourceChanged naming the first file that differs, and what reading the source raises.
+    """
+    if not manifest.source:
+        log("source-not-compared", "warning", error=f"{name}: kept no fingerprints")
+        return
+    with Source(find_place(source, revision)) as found:
+        found.open_weights()
+        now = {file.file: file for file in found.fingerprints()}
+    before = {file.file: file for file in manifest.source}
+    for file in sorted(before.keys() | now.keys()):
+        if before.get(file) != now.get(file):
+            what = "is gone" if file not in now else "is new" if file not in before else "differs"
+            raise SourceChanged(
+                f"{source}: {file}: {what} since {name} was made of revision {revision!r}; give "
+                "the changed model another spec.model.revision, or restore the file"
+            )
 
 
 @contextmanager
@@ -49,25 +76,29 @@ def _verify_file(directory: Path, expected: CopiedFile) -> None:
         raise DigestMismatch(f"{path}: content differs from its digest")
 
 
-def _verify_part(directory: Path, manifest: Manifest, part: Part) -> None:
+def verify_part(
+    directory: Path,
+    part: Part,
+    algorithm: str,
+    chunk_bytes: int,
+    count: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Read every byte of a part, telling `count`; raises DigestMismatch at the first difference."""
     path = directory / part.file
     with _opened(path, part.file_bytes) as file:
         header = read_header(file.read_at, file.size)
         if (header.tensors, header.data_offset) != (part.tensors, part.data_offset):
             raise DigestMismatch(f"{path}: the header's tensors differ from the manifest's")
-        _verify_chunks(file, manifest, part)
-
-
-def _verify_chunks(file: SourceFile, manifest: Manifest, part: Part) -> None:
-    digest = digester(manifest.digest_algorithm, manifest.chunk_bytes)
-    buffer = bytearray(manifest.chunk_bytes)
-    for number, expected in enumerate(part.chunk_digests):
-        begin = number * manifest.chunk_bytes
-        end = min(begin + manifest.chunk_bytes, part.data_bytes)
-        chunk = memoryview(buffer)[: end - begin]
-        file.read_into(part.data_offset + begin, chunk)
-        if digest(chunk) != expected:
-            raise DigestMismatch(
-                f"{file.path}: chunk {number} (data bytes {begin} to {end}) differs from its "
-                f"digest; it holds {', '.join(part.names_between(begin, end))}"
-            )
+        digest = digester(algorithm, chunk_bytes)
+        buffer = bytearray(chunk_bytes)
+        for number, expected in enumerate(part.chunk_digests):
+            begin = number * chunk_bytes
+            end = min(begin + chunk_bytes, part.data_bytes)
+            chunk = memoryview(buffer)[: end - begin]
+            file.read_into(part.data_offset + begin, chunk)
+            if digest(chunk) != expected:
+                raise DigestMismatch(
+                    f"{path}: chunk {number} (data bytes {begin} to {end}) differs from its "
+                    f"digest; it holds {', '.join(part.names_between(begin, end))}"
+                )
+            count(end - begin)

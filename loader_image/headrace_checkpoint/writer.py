@@ -25,7 +25,7 @@ _CHUNKS_IN_FLIGHT = 2
 
 
 class PartWriter:
-    """Appends the data of one part of one rank; `finish` makes it durable.
+    """Appends the data of one part of one rank; `finish` and `sync` make it durable.
 
     Chunks are digested and written by `executor` while the next one fills; each writer
     holds at most _CHUNKS_IN_FLIGHT + 1 chunks in memory.
@@ -62,7 +62,7 @@ class PartWriter:
                 self._submit()
 
     def finish(self) -> Part:
-        """Write what is left, make the file durable and return its manifest entry."""
+        """Write what is left and return the file's manifest entry; `sync` has to follow."""
         if self._filled:
             self._submit()
         while self._in_flight:
@@ -71,7 +71,6 @@ class PartWriter:
             raise InternalError(
                 f"{self._path}: {self._written} bytes written, {self._plan.data_bytes} planned"
             )
-        sync(self._fd, self._path)
         return Part(
             rank=self._rank,
             part=self._number,
@@ -82,6 +81,10 @@ class PartWriter:
             chunk_digests=tuple(self._digests),
             tensors=self._plan.entries,
         )
+
+    def sync(self) -> None:
+        """Make the file durable."""
+        sync(self._fd, self._path)
 
     def close(self) -> None:
         """Wait for chunks under way and close the file; safe after a failure."""

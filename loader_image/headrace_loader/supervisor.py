@@ -8,10 +8,12 @@ else of the weights: no mapping, no device context.
 import queue
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from headrace_checkpoint.lease import holding
 from headrace_checkpoint.report import log
 from headrace_handover.channel import close_all
 from headrace_handover.errors import HandoverError
@@ -23,6 +25,7 @@ from headrace_loader.checkpoint import Checkpoint, check_ranks, load_manifest
 from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
 from headrace_loader.errors import (
     PUBLISHED,
+    CheckpointMissing,
     InternalError,
     LoaderError,
     OutOfMemory,
@@ -90,6 +93,7 @@ class Supervisor:
         self._options = options
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._held: list[int] = []
+        self._kept = ExitStack()
         self._state = LoaderState(
             Settings(options.backend, options.policy, options.tensor_parallel_size),
             system.process_start_time(),
@@ -126,6 +130,7 @@ class Supervisor:
             handover.close()
             http.close()
             close_all(self._held)
+            self._kept.close()
             lease.close()
 
     def _open_handover(self, directory: Path) -> HandoverServer:
@@ -145,6 +150,7 @@ class Supervisor:
         early = self._start_workers() if lease.acquire() else None
         try:
             checkpoint = self._read_checkpoint()
+            self._hold_checkpoint()
             if early is None and not self._acquire(lease):
                 return
             load = early = early or self._start_workers()
@@ -166,6 +172,16 @@ class Supervisor:
         total = self._state.total_bytes
         log("manifest-read", totalBytes=total, ranks=len(self._state.ranks))
         return checkpoint
+
+    def _hold_checkpoint(self) -> None:
+        """Let nobody delete the checkpoint while this loader lives: it may have to load again."""
+        directory = self._options.checkpoint
+        try:
+            held = self._kept.enter_context(holding(directory))
+        except OSError as error:
+            raise CheckpointMissing(f"--checkpoint {directory}: {error.strerror}") from error
+        if held is False:
+            raise CheckpointMissing(f"--checkpoint {directory}: is being deleted")
 
     def _acquire(self, lease: Lease) -> bool:
         """Wait until nobody holds weights of an earlier loader; False when told to stop."""

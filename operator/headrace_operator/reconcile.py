@@ -107,6 +107,8 @@ class Reconciler:
         now = self.clock()
         observed = await self._observer.observe(resource, now)
         planned = plan(resource, observed, self.settings, now)
+        if planned.finalizer:
+            await self._executor.write_finalizer(resource, planned)
         rejections = await self._executor.write_children(resource, planned)
         if rejections:
             planned = plan(resource, replace(observed, rejections=rejections), self.settings, now)
@@ -117,6 +119,8 @@ class Reconciler:
             await self._executor.write_status(resource, planned.status)
             replicas = integer(resource, "spec", "replicas")
             report_status(*key, replicas, planned.status["status"])
+        if not planned.finalizer:
+            await self._executor.write_finalizer(resource, planned)
         self._account(key, resource, now)
         return planned.requeue_seconds
 

@@ -1,5 +1,6 @@
 """Sources that are no directories: a real S3 server, and a mocked Hugging Face Hub."""
 
+import hashlib
 import http.server
 import json
 import re
@@ -41,7 +42,11 @@ def sharded(source, output, revision="main"):
             source=source, output=output, tensor_parallel_size=2, identity={}, revision=revision
         )
     )
-    return {path.name: path.read_bytes() for path in output.iterdir()}
+    files = {path.name: path.read_bytes() for path in output.iterdir()}
+    # All but what identifies the source, which a bucket does by other means than a directory.
+    manifest = json.loads(files["manifest.json"])
+    assert [file["file"] for file in manifest["source"]][-1] == "model.safetensors"
+    return files | {"manifest.json": manifest | {"source": None}}
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +187,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             {
                 "rfilename": str(path.relative_to(self.server.directory)),
                 "size": path.stat().st_size,
+                "blobId": hashlib.sha256(path.read_bytes()).hexdigest(),
             }
             for path in files
         ]

@@ -1,11 +1,14 @@
 """`headrace shard` from a model directory to a published checkpoint."""
 
+import contextlib
 import hashlib
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from itertools import pairwise
 
 import pytest
@@ -64,7 +67,7 @@ def test_what_it_reports(model, shard, volume):
     total = read_manifest(volume / "checkpoint").total_bytes
     assert outcome.termination["totalBytes"] == total
     assert outcome.termination["seconds"] >= 0
-    events = ["planned", "striping-skipped", "part-written", "Published"]
+    events = ["planned", "striping-skipped", "staging-joined", "part-written", "Published"]
     assert [event["event"] for event in outcome.events] == events
     assert all({"level", "time"} <= event.keys() for event in outcome.events)
 
@@ -251,3 +254,52 @@ def test_alignment_of_what_is_written(make_model, shard, volume):
         aligned = [entry.nbytes % 256 == 0 for entry in part.tensors]
         assert all(a >= b for a, b in pairwise(aligned))
         assert {True, False} == set(aligned)
+
+
+def on_a_terminal(*arguments):
+    """Run the command with a terminal for standard error; returns what it shows, and stdout."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
+    process = subprocess.run(
+        [sys.executable, "-m", "headrace_checkpoint.cli", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        check=True,
+    )
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO is a terminal's end
+        while piece := os.read(leader, 65536):
+            shown += piece
+    os.close(leader)
+    return shown.decode(), process.stdout
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_a_bar_on_a_terminal_and_json_elsewhere(model, tmp_path, option):
+    checkpoint = tmp_path / "checkpoint"
+    for arguments in (("shard", "--source", model, "--output", checkpoint), ("verify", checkpoint)):
+        shown, output = on_a_terminal(*arguments, *option)
+        if option:
+            assert shown == ""
+            assert all("event" in json.loads(line) for line in output.splitlines())
+        else:
+            assert "100%" in shown
+            assert "B/s" in shown
+            assert output == b""
+
+
+@pytest.mark.parametrize(("workers", "worker"), [(2, 2), (1, -1)])
+def test_a_worker_that_does_not_exist(model, shard, capsys, workers, worker):
+    with pytest.raises(SystemExit) as ended:
+        shard(model, 1, "--workers", workers, f"--worker={worker}")
+    assert ended.value.code == 64
+    assert f"--worker {worker}: must be from 0 to {workers - 1}" in capsys.readouterr().err
+
+
+def test_the_index_of_a_job_is_the_worker(model, shard, monkeypatch):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    assert shard(model, 2, "--workers", 2).reason == "Published"
+    with pytest.raises(SystemExit):
+        shard(model, 2, "--workers", 1)

@@ -58,10 +58,11 @@ def test_recorded_lfs_is_asked_before_the_first_byte_and_after_the_last(
     assert events(outcome)["striped"]["stripeCount"] == 1
     df, setstripe, counts, sizes = (line.split() for line in calls())
     directory = df[-1]
-    assert df == ["0", "df", directory]
-    assert setstripe == ["0", "setstripe", "-c", "1", "-S", "16777216", directory]
+    assert df == ["1", "df", directory]  # the lock
+    assert setstripe == ["1", "setstripe", "-c", "1", "-S", "16777216", directory]
     parts = read_manifest(volume / "checkpoint").parts
-    files = [f"{directory}/{part.file}" for part in parts]
+    # Subdirectories take over the layout of the one they are made in.
+    files = [f"{volume}/.checkpoint.work/checkpoint/{part.file}" for part in parts]
     assert counts == ["file", "getstripe", "-c", *files]
     assert sizes == ["file", "getstripe", "-S", *files]
 

@@ -5,8 +5,12 @@ import os
 import random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from headrace_checkpoint.errors import DigestMismatch
 from headrace_checkpoint.manifest import read_manifest
+from headrace_checkpoint.verifier import verify_part
 
 
 @pytest.fixture
@@ -40,6 +44,35 @@ def test_any_flipped_bit_is_found_and_named(headrace, checkpoint):
         assert path.name in event["message"]
         path.write_bytes(sound)
     assert verify(headrace, checkpoint)[0] == 0
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(where=st.integers(min_value=0), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_the_data_names_its_tensor(checkpoint, where, bit):
+    """Whatever bit it is: the file and, among the chunk's tensors, the one that has it."""
+    manifest = read_manifest(checkpoint)
+    part = manifest.parts[where % len(manifest.parts)]
+    position = where % part.data_bytes
+    (tensor,) = part.names_between(position, position + 1)
+    with (checkpoint / part.file).open("r+b") as file:
+        flip(file, part.data_offset + position, bit)
+        file.flush()
+        with pytest.raises(DigestMismatch) as caught:
+            verify_part(checkpoint, part, manifest.digest_algorithm, manifest.chunk_bytes)
+        flip(file, part.data_offset + position, bit)
+        file.flush()
+    assert part.file in str(caught.value)
+    assert tensor in str(caught.value)
+    verify_part(checkpoint, part, manifest.digest_algorithm, manifest.chunk_bytes)
+
+
+def flip(file, position, bit):
+    file.seek(position)
+    (byte,) = file.read(1)
+    file.seek(position)
+    file.write(bytes([byte ^ 1 << bit]))
 
 
 def test_the_damaged_tensor_is_named(headrace, checkpoint):

@@ -22,6 +22,10 @@ class OpenFile(Protocol):
     def size(self) -> int:
         """Bytes, as of opening."""
 
+    @property
+    def version(self) -> str:
+        """What changes whenever the content does; empty where the place has no such thing."""
+
     def read_at(self, offset: int, length: int) -> bytes:
         """Read exactly `length` bytes."""
 
@@ -97,9 +101,10 @@ def find_place(source: str, revision: str) -> Place:
 class RemoteFile:
     """The part of OpenFile that needs no more than ranges of a remote file."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, version: str) -> None:
         self._name = name
         self.size = size
+        self.version = version
 
     def fetch(self, offset: int, length: int) -> bytes | memoryview:
         """Fetch a range that lies within the file."""

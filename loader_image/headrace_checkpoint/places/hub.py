@@ -40,11 +40,14 @@ class Repository:
                 self._repository, revision=revision, files_metadata=True, timeout=_REQUEST_SECONDS
             )
         self.commit = info.sha or revision
-        self._sizes = {
-            file.rfilename: file.size
+        files = [
+            file
             for file in info.siblings or ()
             if "/" not in file.rfilename and file.size is not None
-        }
+        ]
+        self._sizes = {file.rfilename: file.size or 0 for file in files}
+        # A commit that changes other files is no other model.
+        self._versions = {file.rfilename: file.blob_id or self.commit for file in files}
 
     def __str__(self) -> str:
         return self._name
@@ -58,14 +61,14 @@ class Repository:
         if name not in self._sizes:
             raise SourceNotFound(f"{self._name}/{name}: the repository has no such file")
         url = hf_hub_url(self._repository, name, revision=self.commit)
-        return _File(f"{self._name}/{name}", self._sizes[name], url)
+        return _File(f"{self._name}/{name}", self._sizes[name], self._versions[name], url)
 
 
 class _File(RemoteFile):
     """A file of a commit, which never changes."""
 
-    def __init__(self, name: str, size: int, url: str) -> None:
-        super().__init__(name, size)
+    def __init__(self, name: str, size: int, version: str, url: str) -> None:
+        super().__init__(name, size, version)
         self._url = url
 
     def fetch(self, offset: int, length: int) -> bytes:

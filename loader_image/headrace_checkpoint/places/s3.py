@@ -77,7 +77,7 @@ class _Object(RemoteFile):
     """An object as it was when it was opened, told by its ETag."""
 
     def __init__(self, store: S3Store, meta: "ObjectMeta", name: str) -> None:
-        super().__init__(name, meta["size"])
+        super().__init__(name, meta["size"], meta["e_tag"] or "")
         self._store = store
         self._key = meta["path"]
         self._etag = meta["e_tag"]

@@ -281,10 +281,12 @@ class Engine(Part):
 class Sharding(Part):
     """The Job that cuts the model into one shard per rank, on CPU nodes."""
 
+    parallelism: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Pods that share the work; by default as many as tensorParallelSize, at most 8."""
     resources: Resources = Field(
         default_factory=Resources, json_schema_extra=without_gpus("spec.sharding.resources")
     )
-    """Compute resources of the shard Job."""
+    """Compute resources of each pod of the shard Job."""
     env: Annotated[list[ShardEnvVar], Field(max_length=64)] = Field(
         default_factory=list, json_schema_extra=_MERGED_BY_NAME
     )

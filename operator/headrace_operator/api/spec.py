@@ -260,6 +260,14 @@ class Volume(Part):
     """Directory on the volume that holds the checkpoints."""
 
 
+class Checkpoint(Part):
+    """What happens to the sharded checkpoint that the volume holds."""
+
+    reclaim_policy: Literal["Retain", "Delete"] = "Retain"
+    """Retain checkpoints, or Delete one that this ModelDeployment has used, once it is deleted or
+    changed and no other ModelDeployment or loader uses it."""
+
+
 class Loading(Part):
     """How the loader reads the weights, and when the engine starts."""
 
@@ -311,6 +319,8 @@ class ModelDeploymentSpec(Part):
     """How one replica is spread over GPUs."""
     volume: Volume
     """The volume that holds the checkpoints."""
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """What happens to the checkpoint on the volume."""
     loading: Loading = Field(default_factory=Loading)
     """How the weights are loaded."""
     gpu: Gpu = Field(default_factory=Gpu)

@@ -51,6 +51,10 @@ class CheckpointStatus(Part):
     """Bytes of all shards, once published."""
     job: str
     """Job that makes the checkpoint."""
+    workers: int | None = None
+    """Pods that share the work, each with an index."""
+    completed_indexes: str | None = None
+    """Indexes of the pods that have done their share, such as 0-2,5."""
 
 
 class VolumeStatus(Part):

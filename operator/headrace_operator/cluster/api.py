@@ -6,7 +6,7 @@ the fields it owns, which a typed object cannot say.
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -91,6 +91,14 @@ class Api:
         """Change a few fields of an object and leave all others as they are."""
         path = kind.path(namespace, name)
         await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, changes, _MERGE)
+
+    async def set_finalizers(self, kind: Kind, body: Object, finalizers: Sequence[str]) -> Object:
+        """Set the finalizers of an object unless it has changed; raises Conflict if it has."""
+        metadata = body["metadata"]
+        path = kind.path(metadata.get("namespace"), metadata["name"])
+        version = {"resourceVersion": metadata["resourceVersion"]}
+        change = {"metadata": {"finalizers": list(finalizers), **version}}
+        return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, change, _MERGE)
 
     async def create(self, body: Mapping[str, Any]) -> Object:
         """Create an object."""

@@ -24,7 +24,12 @@ from headrace_operator.errors import (
     NotFound,
 )
 from headrace_operator.plan import Deletion, Desired, Plan, Rejection, Scale, Transition
-from headrace_operator.plan.names import MANAGED_BY_LABEL, OWNER_LABEL, digest
+from headrace_operator.plan.names import (
+    FINALIZER,
+    MANAGED_BY_LABEL,
+    OWNER_LABEL,
+    digest,
+)
 from headrace_operator.plan.objects import (
     controller_uid,
     format_time,
@@ -67,6 +72,23 @@ class Executor:
         for deletion in plan.delete:
             await self.delete(deletion)
         return tuple(rejections)
+
+    async def write_finalizer(self, resource: Object, plan: Plan) -> None:
+        """Set or remove our finalizer, where the plan says so and it differs.
+
+        Raises:
+            ApiError: the request failed and should be tried again.
+        """
+        present = mapping(resource, "metadata").get("finalizers", ())
+        if plan.finalizer is None or plan.finalizer == (FINALIZER in present):
+            return
+        others = [name for name in present if name != FINALIZER]
+        wanted = [*others, FINALIZER] if plan.finalizer else others
+        try:
+            written = await self._api.set_finalizers(MODEL_DEPLOYMENT, resource, wanted)
+        except NotFound:
+            return
+        self._store.put(MODEL_DEPLOYMENT, written)
 
     async def write_status(self, resource: Object, status: Mapping[str, Any]) -> None:
         """Write the status if it differs. A ModelDeployment that is gone needs none."""

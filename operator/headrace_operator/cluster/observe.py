@@ -26,9 +26,9 @@ from headrace_operator.cluster.kinds import (
     Kind,
 )
 from headrace_operator.cluster.loaders import Loaders
-from headrace_operator.cluster.store import Store, key_of
+from headrace_operator.cluster.store import Key, Store, key_of
 from headrace_operator.errors import Forbidden, KindNotServed, NotFound
-from headrace_operator.plan import Needs, Observed, needs
+from headrace_operator.plan import Needs, Observed, needs, path_in_use
 from headrace_operator.plan.failures import stuck, stuck_claims
 from headrace_operator.plan.fsx import DRIVER
 from headrace_operator.plan.names import OWNER_LABEL
@@ -93,6 +93,7 @@ class Observer:
             unreadable=unreadable,
             device_classes=await self._device_classes.get() if wanted.device_classes else None,
             groups_served=await self._groups_served.get() if wanted.groups_served else None,
+            paths_in_use=self._paths_of_others(key) if wanted.paths_in_use else frozenset(),
             warnings={
                 uid_of(body): event
                 for body in (*stuck(pods, jobs, now), *stuck_claims(claim, now))
@@ -103,6 +104,10 @@ class Observer:
             return observed
         told = await self._loaders.paths(loader_addresses(observed))
         return replace(observed, loaded_paths=told)
+
+    def _paths_of_others(self, key: Key) -> frozenset[str]:
+        others = (self._store.resource(other) for other in self._store.resources() if other != key)
+        return frozenset(filter(None, (path_in_use(other) for other in others if other)))
 
     def _owned(self, kind: Kind, resource: Object) -> tuple[Object, ...]:
         children = self._store.children(kind, key_of(resource))

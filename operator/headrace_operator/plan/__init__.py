@@ -4,7 +4,7 @@ No input or output, no clock but the argument, and no exception whatever the API
 sends. Everything the operator decides is decided here.
 """
 
-from headrace_operator.plan.planner import needs, plan
+from headrace_operator.plan.planner import needs, path_in_use, plan
 from headrace_operator.plan.world import (
     Deletion,
     Desired,
@@ -28,5 +28,6 @@ __all__ = [
     "Settings",
     "Transition",
     "needs",
+    "path_in_use",
     "plan",
 ]

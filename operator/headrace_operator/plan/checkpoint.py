@@ -1,6 +1,7 @@
 """The checkpoint: when the shard Job is made, replaced or trusted, and CheckpointReady."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 
 from headrace_operator.api.spec import ModelDeploymentSpec
 from headrace_operator.plan.conditions import (
@@ -13,9 +14,15 @@ from headrace_operator.plan.conditions import (
 )
 from headrace_operator.plan.failures import most_telling
 from headrace_operator.plan.names import (
+    ATTEMPT_ANNOTATION,
+    COMPONENT_LABEL,
+    KEY_ANNOTATION,
+    RECLAIM,
+    REPLACES_ANNOTATION,
     SHARD,
     SPEC_HASH_ANNOTATION,
     checkpoint_key,
+    checkpoint_path,
     job_name,
     source_parts,
 )
@@ -29,6 +36,7 @@ from headrace_operator.plan.objects import (
     items,
     mapping,
     name_of,
+    parse_time,
     text,
     uid_of,
 )
@@ -37,6 +45,12 @@ from headrace_operator.plan.termination import Termination, termination_of
 from headrace_operator.plan.volume import is_usable
 from headrace_operator.plan.world import Deletion, Desired, Observed, Settings
 
+CHECKPOINT_MISSING = "CheckpointMissing"
+"""The loader's reason for a checkpoint that is not on the volume."""
+MAX_ATTEMPTS = 3
+"""Jobs in a row that make a checkpoint again which vanishes."""
+_FORGET_AFTER = timedelta(hours=1)  # what lasted that long did not vanish because of the Job
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -44,6 +58,7 @@ class Checkpoint:
 
     draft: Draft
     total_bytes: int | None = None
+    job: Object | None = None
     apply: tuple[Desired, ...] = ()
     delete: tuple[Deletion, ...] = ()
 
@@ -61,11 +76,19 @@ def plan_checkpoint(
     settings: Settings,
 ) -> Checkpoint:
     """Decide about the shard Job and derive CheckpointReady."""
-    current = job_name(name_of(owner), spec)
-    job = next((job for job in observed.jobs if name_of(job) == current), None)
-    stale = tuple(_deletion(j) for j in observed.jobs if name_of(j) != current and uid_of(j))
+    jobs = [job for job in observed.jobs if _component(job) != RECLAIM]
+    job = _current(spec, jobs)
+    stale = tuple(
+        deletion_of(j) for j in jobs if j is not job and uid_of(j) and not is_record(spec, j)
+    )
     if job is not None:
-        return _of_job(owner, spec, job, observed, stale)
+        found = _of_job(owner, spec, job, observed, stale)
+        lost = _lost(spec, job, observed) if found.is_ready else None
+        found = replace(found, job=job)
+        if lost is None or claim is None:
+            return found
+        return _make_again(owner, spec, claim, job, lost, found, observed, settings)
+    current = job_name(name_of(owner), spec)
     if claim is None or not is_usable(observed):
         return Checkpoint(waiting("WaitingForVolume", "the volume is not usable"), delete=stale)
     if _source_is_missing(spec, claim, observed):
@@ -75,6 +98,77 @@ def plan_checkpoint(
     desired = Desired(shard_job(owner, spec, claim, settings), once=True)
     draft = creating if rejection is None else of_rejection(rejection)
     return Checkpoint(draft, apply=(desired,), delete=stale)
+
+
+def is_record(spec: ModelDeploymentSpec, job: Object) -> bool:
+    """Whether a Job is kept as the record of a checkpoint that has to be deleted some day."""
+    deletes = spec.checkpoint.reclaim_policy == "Delete"
+    other = mapping(job, "metadata", "annotations").get(KEY_ANNOTATION) != checkpoint_key(spec)
+    return deletes and other and is_true(job, "Complete")
+
+
+def _component(job: Object) -> str:
+    return text(job, "metadata", "labels", COMPONENT_LABEL)
+
+
+def _current(spec: ModelDeploymentSpec, jobs: list[Object]) -> Object | None:
+    """Return the Job of the spec's checkpoint: of several, the one that no other replaces."""
+    key = checkpoint_key(spec)
+    same = [j for j in jobs if mapping(j, "metadata", "annotations").get(KEY_ANNOTATION) == key]
+    replaced = {text(j, "metadata", "annotations", REPLACES_ANNOTATION) for j in same}
+    last = [j for j in same if uid_of(j) not in replaced]
+    return min(last, key=name_of, default=None)
+
+
+def _lost(spec: ModelDeploymentSpec, job: Object, observed: Observed) -> datetime | None:
+    """Return when a loader that started after the Job's end did not find the checkpoint."""
+    completed = parse_time(text(job, "status", "completionTime"))
+    key = checkpoint_key(spec)
+    found = []
+    for pod in observed.pods:
+        if mapping(pod, "metadata", "annotations").get(KEY_ANNOTATION) != key:
+            continue
+        for status in items(pod, "status", "initContainerStatuses"):
+            for field in ("state", "lastState"):
+                state = mapping(status, field, "terminated")
+                ended, started = termination_of(state), parse_time(text(state, "startedAt"))
+                if ended is None or started is None or completed is None:
+                    continue
+                if ended.reason == CHECKPOINT_MISSING and started > completed:
+                    found.append(started)
+    return min(found, default=None)
+
+
+def _make_again(
+    owner: Object,
+    spec: ModelDeploymentSpec,
+    claim: str,
+    job: Object,
+    lost: datetime,
+    found: Checkpoint,
+    observed: Observed,
+    settings: Settings,
+) -> Checkpoint:
+    """Plan the Job that makes a checkpoint which is gone once more, unless it keeps vanishing."""
+    completed = parse_time(text(job, "status", "completionTime"))
+    given = text(job, "metadata", "annotations", ATTEMPT_ANNOTATION)
+    attempt = int(given) if given.isdecimal() else 1
+    if completed is not None and lost - completed > _FORGET_AFTER:
+        attempt = 0
+    if attempt >= MAX_ATTEMPTS:
+        return replace(
+            found,
+            draft=problem(
+                CHECKPOINT_MISSING,
+                f"{checkpoint_path(spec)}: made {attempt} times and gone again each time; see who "
+                f"removes it from the volume, then delete Job {name_of(job)} to make it once more",
+            ),
+        )
+    body = shard_job(owner, spec, claim, settings, replaces=uid_of(job), attempt=attempt + 1)
+    rejection = observed.rejection("Job")
+    message = f"the checkpoint is gone from the volume; Job {name_of(body)} makes it again"
+    draft = waiting("CheckpointMissing", message) if rejection is None else of_rejection(rejection)
+    return replace(found, draft=draft, apply=(Desired(body, once=True),))
 
 
 def _source_is_missing(spec: ModelDeploymentSpec, claim: str, observed: Observed) -> bool:
@@ -104,7 +198,7 @@ def _of_job(
         )
     pods = _pods_of(job, observed)
     if is_true(job, "Complete"):
-        done = _last_termination(pods)
+        done = _publication(pods)
         total = done.total_bytes if done and done.total_bytes else _known_total(owner, spec)
         reason = done.reason if done else "Published"
         message = f"Job {name_of(job)} has published the checkpoint"
@@ -123,7 +217,7 @@ def _of_failed_job(
 ) -> Checkpoint:
     if mapping(job, "metadata", "annotations").get(SPEC_HASH_ANNOTATION) != retry_hash(spec):
         draft = waiting("ShardJobReplacing", f"Job {name_of(job)} failed for an older spec")
-        return Checkpoint(draft, delete=(*stale, _deletion(job)))
+        return Checkpoint(draft, delete=(*stale, deletion_of(job)))
     failure = most_telling(pods, {})
     fix = "change the spec, or correct the cause and delete the Job, to try again"
     if failure is not None:
@@ -155,7 +249,10 @@ def _of_running_job(job: Object, pods: list[Object], observed: Observed) -> Draf
     failure = most_telling(pods, observed.warnings)
     if failure is not None:
         draft = of_failure(failure)
-        retry = f"; attempt {failed + 1} of {BACKOFF_LIMIT + 1}" if failed else ""
+        one = integer(job, "spec", "completions") < 2
+        of_many = f"; {failed} failed, each index has {BACKOFF_LIMIT + 1} attempts"
+        retry = f"; attempt {failed + 1} of {BACKOFF_LIMIT + 1}" if one else of_many
+        retry = retry if failed else ""
         return problem(draft.reason, f"Job {name}, {draft.message}{retry}")
     warning = mapping(observed.warnings, uid_of(job))
     if not pods and text(warning, "reason"):
@@ -163,8 +260,10 @@ def _of_running_job(job: Object, pods: list[Object], observed: Observed) -> Draf
         return problem(reason, f"Job {name}: {text(warning, 'message')}")
     # A pod that has succeeded is ahead of its Job's completion by a second or two.
     if any(text(pod, "status", "phase") in {"Running", "Succeeded"} for pod in pods):
-        return waiting("Sharding", f"Job {name} is writing the checkpoint")
-    return waiting("ShardJobStarting", f"Job {name} waits for its pod")
+        count, done = integer(job, "spec", "completions"), integer(job, "status", "succeeded")
+        far = f"; {done} of {count} pods have done their share" if count > 1 else ""
+        return waiting("Sharding", f"Job {name} is writing the checkpoint{far}")
+    return waiting("ShardJobStarting", f"Job {name} waits for its pods")
 
 
 def _pods_of(job: Object, observed: Observed) -> list[Object]:
@@ -176,12 +275,14 @@ def _controller_label(pod: Object) -> str:
     return text(pod, "metadata", "labels", "batch.kubernetes.io/controller-uid")
 
 
-def _last_termination(pods: list[Object]) -> Termination | None:
+def _publication(pods: list[Object]) -> Termination | None:
+    """Return how the pod ended that published; the others only wrote parts."""
     for pod in pods:
         for status in items(pod, "status", "containerStatuses"):
             state = mapping(status, "state", "terminated")
             done = termination_of(state)
-            if text(status, "name") == SHARD and done and integer(state, "exitCode") == 0:
+            succeeded = text(status, "name") == SHARD and integer(state, "exitCode") == 0
+            if succeeded and done and done.reason != "PartsWritten":
                 return done
     return None
 
@@ -192,5 +293,6 @@ def _known_total(owner: Object, spec: ModelDeploymentSpec) -> int | None:
     return (integer(known, "totalBytes") or None) if same else None
 
 
-def _deletion(job: Object) -> Deletion:
+def deletion_of(job: Object) -> Deletion:
+    """Return the deletion of a Job."""
     return Deletion("Job", name_of(job), text(job, "metadata", "namespace"), uid_of(job))

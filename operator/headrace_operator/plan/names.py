@@ -14,9 +14,14 @@ MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 MANAGED_BY = "headrace"
 SHARD = "shard"
+RECLAIM = "reclaim"
 SERVE = "serve"
 
 KEY_ANNOTATION = "headrace.dev/checkpoint-key"
+PATH_ANNOTATION = "headrace.dev/checkpoint-path"
+ATTEMPT_ANNOTATION = "headrace.dev/attempt"
+REPLACES_ANNOTATION = "headrace.dev/replaces"
+FINALIZER = "headrace.dev/reclaim-checkpoint"
 SPEC_HASH_ANNOTATION = "headrace.dev/spec-hash"
 TEMPLATE_VERSION_ANNOTATION = "headrace.dev/template-version"
 LOADER_IMAGE_ANNOTATION = "headrace.dev/loader-image"
@@ -126,9 +131,10 @@ def engine_cache_key(spec: ModelDeploymentSpec) -> str:
     return digest({"checkpoint": checkpoint_key(spec), "engine": engine}, 16)
 
 
-def job_name(owner: str, spec: ModelDeploymentSpec) -> str:
-    """Return the name of the Job that makes the checkpoint of the spec."""
-    return child_name(owner, f"{SHARD}-{checkpoint_key(spec)[:8]}")
+def job_name(owner: str, spec: ModelDeploymentSpec, replaces: str = "") -> str:
+    """Return the name of the Job that makes the checkpoint of the spec, again after `replaces`."""
+    again = f"-{digest(replaces, 4)}" if replaces else ""
+    return child_name(owner, f"{SHARD}-{checkpoint_key(spec)[:8]}{again}")
 
 
 def spec_hash(spec: ModelDeploymentSpec, *, without: frozenset[str]) -> str:

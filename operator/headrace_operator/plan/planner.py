@@ -41,6 +41,12 @@ from headrace_operator.plan.objects import (
     text,
 )
 from headrace_operator.plan.overrides import refused_overrides
+from headrace_operator.plan.reclaim import (
+    has_finalizer,
+    needs_only,
+    plan_last_reclaim,
+    plan_reclaim,
+)
 from headrace_operator.plan.rollout import has_old_pods, is_rolled_out
 from headrace_operator.plan.serving import (
     SCALED_TO_ZERO,
@@ -101,18 +107,19 @@ def needs(resource: Object) -> Needs:
         device_classes=spec.gpu.sharing == "ResourceClaim",
         groups_served=spec.parallelism.nodes > 1,
         loaded_paths=may_be_direct(spec),
+        paths_in_use=spec.checkpoint.reclaim_policy == "Delete" or has_finalizer(resource),
     )
 
 
 def plan(resource: Object, observed: Observed, settings: Settings, now: datetime) -> Plan:
     """Decide what to do for a ModelDeployment, given its observed children.
 
-    Nothing is done for an object that is being deleted: its children follow by their owner
-    references.
+    For an object that is being deleted only its checkpoint may need anything: its children
+    follow by their owner references.
     """
-    if is_deleting(resource):
-        return Plan()
     spec = _parse(resource)
+    if is_deleting(resource):
+        return _plan_of_deleted(resource, spec, observed, settings)
     if isinstance(spec, ValidationError):
         return _plan_of_invalid(resource, spec, now)
     claim = claim_name(resource, spec)
@@ -126,14 +133,42 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
     workload = plan_workload(resource, spec, claim, observed, settings, now, may_roll=may_roll)
     drafts = _drafts(resource, spec, observed, volume, checkpoint, workload)
     drafts |= _progress(resource, spec, observed, drafts, workload, is_denied=denied is not None)
+    settled = drafts[ConditionType.READY].holds and needs_only(checkpoint_key(spec), observed)
+    reclaim = plan_reclaim(resource, spec, claim, observed, settings, is_settled=settled)
     status = _status(resource, spec, volume, observed, checkpoint, drafts)
     return Plan(
-        apply=(*volume.apply, *checkpoint.apply, *workload.apply),
-        delete=(*volume.delete, *checkpoint.delete, *workload.delete),
+        apply=(*volume.apply, *checkpoint.apply, *workload.apply, *reclaim.apply),
+        delete=(*volume.delete, *checkpoint.delete, *workload.delete, *reclaim.delete),
         scale=workload.scale,
         status=_document(resource, status, drafts, now),
-        transitions=transitions(resource, drafts),
+        transitions=(*transitions(resource, drafts), *reclaim.transitions),
         requeue_seconds=_requeue_seconds(drafts, observed, workload),
+        finalizer=reclaim.finalizer,
+    )
+
+
+def _plan_of_deleted(
+    resource: Object,
+    spec: ModelDeploymentSpec | ValidationError,
+    observed: Observed,
+    settings: Settings,
+) -> Plan:
+    if isinstance(spec, ValidationError):
+        return Plan(finalizer=False)
+    reclaim = plan_last_reclaim(resource, spec, claim_name(resource, spec), observed, settings)
+    return Plan(
+        apply=reclaim.apply,
+        delete=reclaim.delete,
+        transitions=reclaim.transitions,
+        finalizer=reclaim.finalizer,
+    )
+
+
+def path_in_use(resource: Object) -> str:
+    """Return the path of the checkpoint that a ModelDeployment uses; empty where there is none."""
+    spec = _parse(resource)
+    return (
+        "" if isinstance(spec, ValidationError) or is_deleting(resource) else checkpoint_path(spec)
     )
 
 
@@ -290,10 +325,21 @@ def _status(
         "checkpoint": {
             "key": checkpoint_key(spec),
             "path": checkpoint_path(spec),
-            "job": job_name(name_of(resource), spec),
+            "job": name_of(checkpoint.job) or job_name(name_of(resource), spec),
+            **_shares_done(checkpoint.job),
             **total,
         },
         "volume": volume.status,
+    }
+
+
+def _shares_done(job: Object | None) -> dict[str, Any]:
+    """Which of the shard Job's pods have done their share."""
+    done = text(job, "status", "completedIndexes")
+    workers = integer(job, "spec", "completions")
+    return {
+        **({"workers": workers} if workers else {}),
+        **({"completedIndexes": done} if done else {}),
     }
 
 

@@ -4,7 +4,10 @@ from typing import Any
 
 from headrace_operator.api.spec import ModelDeploymentSpec
 from headrace_operator.plan.names import (
+    ATTEMPT_ANNOTATION,
     KEY_ANNOTATION,
+    PATH_ANNOTATION,
+    REPLACES_ANNOTATION,
     SHARD,
     SPEC_HASH_ANNOTATION,
     checkpoint_key,
@@ -31,6 +34,8 @@ from headrace_operator.plan.pods import (
 from headrace_operator.plan.world import Settings
 
 BACKOFF_LIMIT = 3
+"""Retries of each index; nodes that are drained or lost do not count."""
+MAX_DEFAULT_WORKERS = 8
 _SOURCE = "source"
 _SOURCE_PATH = "/mnt/source"
 _TMP = "tmp"
@@ -38,28 +43,54 @@ _PERMANENT_EXIT_CODES = (64, 65)
 
 
 def retry_hash(spec: ModelDeploymentSpec) -> str:
-    """Return the digest whose change lets a failed Job run again: all but the replicas."""
-    return spec_hash(spec, without=frozenset({"replicas"}))
+    """Return the digest whose change lets a failed Job run again."""
+    return spec_hash(spec, without=frozenset({"replicas", "checkpoint"}))
+
+
+def workers(spec: ModelDeploymentSpec) -> int:
+    """Return how many pods share the work."""
+    default = min(spec.parallelism.tensor_parallel_size, MAX_DEFAULT_WORKERS)
+    return spec.sharding.parallelism or default
 
 
 def shard_job(
-    owner: Object, spec: ModelDeploymentSpec, claim: str, settings: Settings
+    owner: Object,
+    spec: ModelDeploymentSpec,
+    claim: str,
+    settings: Settings,
+    *,
+    replaces: str = "",
+    attempt: int = 1,
 ) -> dict[str, Any]:
-    """Return the Job that cuts the source into the checkpoint of the spec."""
+    """Return the Job that cuts the source into the checkpoint of the spec.
+
+    Args:
+        replaces: UID of an earlier Job whose checkpoint is gone from the volume.
+        attempt: how many Jobs in a row have made it, this one included.
+    """
+    count = workers(spec)
+    again = {REPLACES_ANNOTATION: replaces, ATTEMPT_ANNOTATION: str(attempt)} if replaces else {}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": metadata(
             owner,
-            job_name(name_of(owner), spec),
+            job_name(name_of(owner), spec, replaces),
             component=SHARD,
             annotations={
                 KEY_ANNOTATION: checkpoint_key(spec),
+                PATH_ANNOTATION: checkpoint_path(spec),
                 SPEC_HASH_ANNOTATION: retry_hash(spec),
+                **again,
             },
         ),
         "spec": {
-            "backoffLimit": BACKOFF_LIMIT,
+            "completionMode": "Indexed",
+            "completions": count,
+            "parallelism": count,
+            "backoffLimitPerIndex": BACKOFF_LIMIT,
+            # Without one index there is no checkpoint, so the others need not go on.
+            "maxFailedIndexes": 0,
             "podFailurePolicy": {
                 "rules": [
                     {
@@ -70,7 +101,7 @@ def shard_job(
                             "values": list(_PERMANENT_EXIT_CODES),
                         },
                     },
-                    # A drained or preempted node says nothing about the model.
+                    # A drained, preempted or lost node says nothing about the model.
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
                 ]
             },
@@ -83,21 +114,27 @@ def shard_job(
 
 
 def _pod(spec: ModelDeploymentSpec, claim: str, settings: Settings) -> dict[str, Any]:
-    volumes = [
-        {"name": WEIGHTS, "persistentVolumeClaim": {"claimName": claim}},
-        {"name": _TMP, "emptyDir": {}},
-    ]
-    mounts: list[dict[str, Any]] = [
-        {"name": WEIGHTS, "mountPath": WEIGHTS_PATH},
-        {"name": _TMP, "mountPath": TMP_PATH},
-    ]
+    pod = volume_pod(spec, claim, settings, SHARD, *_command(spec))
+    (container,) = pod["containers"]
+    container |= {
+        "env": environment({"HOME": TMP_PATH}, spec.sharding.env),
+        "resources": resources(spec.sharding.resources),
+    }
     source_claim, _ = source_parts(spec.model.source)
     if source_claim:
         name = WEIGHTS if source_claim == claim else _SOURCE
-        mounts.insert(1, {"name": name, "mountPath": _SOURCE_PATH, "readOnly": True})
+        mount = {"name": name, "mountPath": _SOURCE_PATH, "readOnly": True}
+        container["volumeMounts"].insert(1, mount)
         if name == _SOURCE:
             source = {"claimName": source_claim, "readOnly": True}
-            volumes.append({"name": _SOURCE, "persistentVolumeClaim": source})
+            pod["volumes"].append({"name": _SOURCE, "persistentVolumeClaim": source})
+    return pod
+
+
+def volume_pod(
+    spec: ModelDeploymentSpec, claim: str, settings: Settings, name: str, *command: str
+) -> dict[str, Any]:
+    """Return the pod of a Job that runs a headrace command on the volume, on CPU nodes."""
     placement = {
         "nodeSelector": dict(spec.sharding.node_selector),
         "tolerations": list(spec.sharding.tolerations),
@@ -108,29 +145,35 @@ def _pod(spec: ModelDeploymentSpec, claim: str, settings: Settings) -> dict[str,
         **{name: value for name, value in placement.items() if value},
         "containers": [
             {
-                "name": SHARD,
+                "name": name,
                 "image": settings.loader_image,
                 **pull_policy(spec.pod),
-                "command": _command(spec),
-                "env": environment({"HOME": TMP_PATH}, spec.sharding.env),
-                "resources": resources(spec.sharding.resources),
+                "command": ["headrace", *command],
+                "env": environment({"HOME": TMP_PATH}, ()),
                 "securityContext": container_security(),
-                "volumeMounts": mounts,
+                "volumeMounts": [
+                    {"name": WEIGHTS, "mountPath": WEIGHTS_PATH},
+                    {"name": _TMP, "mountPath": TMP_PATH},
+                ],
             }
         ],
-        "volumes": volumes,
+        "volumes": [
+            {"name": WEIGHTS, "persistentVolumeClaim": {"claimName": claim}},
+            {"name": _TMP, "emptyDir": {}},
+        ],
     }
 
 
 def _command(spec: ModelDeploymentSpec) -> list[str]:
     return [
-        "headrace",
         "shard",
         *_source(spec),
         "--output",
         f"{WEIGHTS_PATH}/{checkpoint_path(spec)}",
         "--tensor-parallel-size",
         str(spec.parallelism.tensor_parallel_size),
+        "--workers",
+        str(workers(spec)),
         "--dtype",
         spec.model.dtype,
         "--layout",

@@ -33,7 +33,7 @@ from headrace_operator.plan.serving_pod import VERSION, Role, serving_pod_templa
 from headrace_operator.plan.world import Deletion, Desired, Observed, Scale, Settings
 
 # Changes of these parts replace no pods.
-_NOT_IN_TEMPLATE = frozenset({"replicas", "sharding", "rollout", "disruption_budget"})
+_NOT_IN_TEMPLATE = frozenset({"replicas", "sharding", "checkpoint", "rollout", "disruption_budget"})
 
 
 def template_hash(spec: ModelDeploymentSpec, claim: str) -> str:

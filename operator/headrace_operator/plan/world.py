@@ -47,7 +47,8 @@ class Observed:
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
     are controlled by the ModelDeployment. `volume` is the static volume, or the one that the
     claim is bound to. `warnings` holds the latest warning event by the UID of a stuck pod, Job
-    or claim, `loaded_paths` what the loaders tell, by the UID of their pod. `deployment` is the
+    or claim, `loaded_paths` what the loaders tell, by the UID of their pod, `paths_in_use` the
+    checkpoints of all other ModelDeployments, on whatever volume. `deployment` is the
     LeaderWorkerSet where replicas span nodes, `replica_sets` the history of the Deployment,
     looked up when its rollout has failed. None means unknown, or not there; `unreadable` has the
     kinds that the operator may not read.
@@ -71,6 +72,7 @@ class Observed:
     groups_served: bool | None = None
     warnings: Mapping[str, Object] = field(default_factory=dict)
     loaded_paths: Mapping[str, LoadedPath] = field(default_factory=dict)
+    paths_in_use: frozenset[str] = frozenset()
     rejections: tuple[Rejection, ...] = ()
     unreadable: frozenset[str] = frozenset()
 
@@ -92,6 +94,7 @@ class Needs:
     device_classes: bool = False
     groups_served: bool = False
     loaded_paths: bool = False
+    paths_in_use: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +150,5 @@ class Plan:
     status: Mapping[str, Any] | None = None
     transitions: tuple[Transition, ...] = ()
     requeue_seconds: float | None = None
+    finalizer: bool | None = None
+    """Whether our finalizer has to be there; None where it does not matter."""

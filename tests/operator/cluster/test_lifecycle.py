@@ -347,6 +347,7 @@ def test_a_part_of_a_node_without_dra_is_refused(
             gpu={"sharing": "WholeNode"},
             loading={"path": "Prefer"},
             parallelism={"tensorParallelSize": 4},
+            sharding={"parallelism": 1},
         )
         (pod,) = world.wait_pods("shard")
         kubelet.publish(pod)
@@ -377,3 +378,23 @@ def test_the_operator_reads_no_secrets_and_was_forbidden_nothing(
     assert " is forbidden" not in text
     assert "token" not in json.dumps(operator.entries()).lower()
     assert [e for e in operator.entries() if e["level"] in {"error", "critical"}] == []
+
+
+def test_a_deleted_resource_takes_its_checkpoint_along(
+    operator: Any, world: Any, kubelet: Any, eventually: Any
+) -> None:
+    """The Job that deletes it runs for real up to its container, which the test completes."""
+    world.add_claims("weights")
+    world.create(replicas=0, checkpoint={"reclaimPolicy": "Delete"})
+    (pod,) = world.wait_pods("shard")
+    kubelet.publish(pod)
+    world.child(DEPLOYMENT, "tiny")
+    assert world.resource()["metadata"]["finalizers"] == ["headrace.dev/reclaim-checkpoint"]
+    world.kube.delete(MODEL_DEPLOYMENT, "tiny", world.namespace)
+    (pod,) = world.wait_pods("reclaim")
+    assert world.resource()["metadata"]["deletionTimestamp"]
+    ended = {"phase": "Succeeded", "containerStatuses": []}
+    kubelet.write(pod, ended)
+    eventually(lambda: world.resource() is None, "the resource to go")
+    assert "CheckpointDeleted" in {event["reason"] for event in world.events()}
+    eventually(lambda: world.jobs() == [], "its Jobs to go with it")

@@ -1,0 +1,208 @@
+"""Checkpoints that are made again where they are gone, and deleted where nobody uses them."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace_operator.plan.names import FINALIZER, checkpoint_path
+
+DELETE = {"checkpoint": {"reclaimPolicy": "Delete"}}
+
+
+def missing(build: SimpleNamespace, resource: Any, started: str, **states: Any) -> Any:
+    """A serving pod whose loader did not find the checkpoint."""
+    message = json.dumps({"reason": "CheckpointMissing", "message": "no manifest.json"})
+    ended = {"exitCode": 65, "startedAt": started, "message": message}
+    loader = build.container("loader", last=ended, waiting={"reason": "CrashLoopBackOff"})
+    return build.serving_pod(resource, loader, build.container("engine"), **states)
+
+
+def jobs_of(result: Any) -> list[Any]:
+    return [desired.body for desired in result.apply if desired.body["kind"] == "Job"]
+
+
+def test_a_checkpoint_that_is_gone_is_made_again_a_few_times(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    job = build.done(resource)
+    job["status"]["completionTime"] = "2026-11-24T11:00:00Z"
+    for number in (2, 3):
+        pod = missing(build, resource, "2026-11-24T11:00:05Z")
+        observed = build.world(resource, jobs=(job,), pods=(pod,))
+        condition = build.conditions(resource, observed)["CheckpointReady"]
+        assert (condition["status"], condition["reason"]) == ("False", "CheckpointMissing")
+        (again,) = jobs_of(build.plan(resource, observed))
+        annotations = again["metadata"]["annotations"]
+        assert annotations["headrace.dev/attempt"] == str(number)
+        assert annotations["headrace.dev/replaces"] == job["metadata"]["uid"]
+        assert again["metadata"]["name"] != job["metadata"]["name"]
+        # once it is there, the one before it is done with, and what was missing then counts no more
+        again["metadata"]["uid"] = f"uid-{number}"
+        both = replace(observed, jobs=(job, again))
+        result = build.plan(resource, both)
+        assert [deletion.uid for deletion in result.delete] == [job["metadata"]["uid"]]
+        assert jobs_of(result) == []
+        again["status"] = {"conditions": [build.condition("Complete")]}
+        again["status"]["completionTime"] = "2026-11-24T11:00:06Z"
+        ready = build.conditions(resource, replace(observed, jobs=(again,)))["CheckpointReady"]
+        assert ready["status"] == "True"
+        again["status"]["completionTime"] = "2026-11-24T11:00:00Z"
+        job = again
+    observed = build.world(
+        resource, jobs=(job,), pods=(missing(build, resource, "2026-11-24T11:00:05Z"),)
+    )
+    result = build.plan(resource, observed)
+    assert jobs_of(result) == []
+    message = build.conditions(resource, observed)["CheckpointReady"]["message"]
+    assert "made 3 times and gone again each time" in message
+    late = missing(build, resource, "2026-11-24T12:30:00Z")
+    (again,) = jobs_of(build.plan(resource, replace(observed, pods=(late,))))
+    assert again["metadata"]["annotations"]["headrace.dev/attempt"] == "1"
+
+
+def test_what_a_loader_of_another_checkpoint_misses_does_not_count(build: SimpleNamespace) -> None:
+    resource, other = build.resource(), build.resource({"model": {"revision": "old"}})
+    job = build.done(resource)
+    job["status"]["completionTime"] = "2026-11-24T11:00:00Z"
+    pod = missing(build, other, "2026-11-24T11:00:05Z")
+    observed = build.world(resource, jobs=(job,), pods=(pod,))
+    assert build.conditions(resource, observed)["CheckpointReady"]["status"] == "True"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "given", "count"), [(1, None, 1), (4, None, 4), (64, None, 8), (2, 5, 5)]
+)
+def test_the_work_is_shared_by_as_many_pods_as_ranks(
+    build: SimpleNamespace, tensor: int, given: int | None, count: int
+) -> None:
+    spec = {"parallelism": {"tensorParallelSize": tensor}, "sharding": {"parallelism": given}}
+    job = build.job(build.resource(build.merged({}, spec)))["spec"]
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == (
+        "Indexed",
+        count,
+        count,
+    )
+    (container,) = job["template"]["spec"]["containers"]
+    command = container["command"]
+    assert command[command.index("--workers") + 1] == str(count)
+
+
+def test_progress_by_index(build: SimpleNamespace) -> None:
+    resource = build.resource({"parallelism": {"tensorParallelSize": 4}})
+    job = build.job(resource, succeeded=2, completedIndexes="0,3")
+    wrote = json.dumps({"reason": "PartsWritten", "message": "done", "totalBytes": 5})
+    published = json.dumps({"reason": "Published", "message": "done", "totalBytes": 5})
+    pods = [
+        build.job_pod(
+            build.container("shard", terminated={"exitCode": 0, "message": message}),
+            name=f"shard-{number}",
+            phase="Succeeded",
+        )
+        for number, message in enumerate((wrote, published))
+    ]
+    observed = build.world(resource, jobs=(job,), pods=tuple(pods))
+    status = build.plan(resource, observed).status["status"]
+    assert (status["checkpoint"]["workers"], status["checkpoint"]["completedIndexes"]) == (4, "0,3")
+    assert "2 of 4 pods have done their share" in status["conditions"][1]["message"]
+    job["status"]["conditions"] = [build.condition("Complete")]
+    condition = build.conditions(resource, observed)["CheckpointReady"]
+    assert (condition["status"], condition["reason"]) == ("True", "Published")
+
+
+def deleted(build: SimpleNamespace, spec: Any = DELETE) -> Any:
+    resource = build.resource(spec)
+    resource["metadata"] |= {
+        "deletionTimestamp": "2026-11-24T12:00:00Z",
+        "finalizers": ["other/one", FINALIZER],
+    }
+    return resource
+
+
+@pytest.mark.parametrize(("spec", "wanted"), [(DELETE, True), ({}, False)])
+def test_the_finalizer_is_there_for_the_policy_delete_alone(
+    build: SimpleNamespace, spec: Any, wanted: bool
+) -> None:
+    resource = build.resource(spec)
+    assert build.plan(resource, build.world(resource)).finalizer is wanted
+
+
+def test_a_deleted_resource_takes_its_checkpoint_along(build: SimpleNamespace) -> None:
+    resource = deleted(build)
+    running = build.serving_pod(resource, build.container("loader"), build.container("engine"))
+    live = build.deployment(build.resource(DELETE))
+    observed = build.world(resource, deployment=live, pods=(running,))
+    result = build.plan(resource, observed)
+    assert [(d.kind, d.name) for d in result.delete] == [("Deployment", "tiny")]
+    assert (result.finalizer, result.apply) == (True, ())
+    result = build.plan(resource, replace(observed, deployment=None))
+    assert (result.finalizer, result.apply, result.delete) == (True, (), ())
+    alone = replace(observed, deployment=None, pods=())
+    result = build.plan(resource, alone)
+    (job,) = jobs_of(result)
+    assert result.finalizer is True
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    path = checkpoint_path(build.spec_of(resource))
+    assert container["command"] == ["headrace", "delete", f"/mnt/weights/{path}"]
+    assert job["spec"]["activeDeadlineSeconds"] == 900
+    job["metadata"]["uid"] = "uid-reclaim"
+    result = build.plan(resource, replace(alone, jobs=(*alone.jobs, job)))
+    assert (result.finalizer, result.apply) == (True, ())
+    for kind, reason, warning in (
+        ("Complete", "CheckpointDeleted", False),
+        ("Failed", "CheckpointKept", True),
+    ):
+        ended = {**job, "status": {"conditions": [build.condition(kind)]}}
+        result = build.plan(resource, replace(alone, jobs=(*alone.jobs, ended)))
+        assert result.finalizer is False
+        (event,) = result.transitions
+        assert (event.reason, event.warning) == (reason, warning)
+        assert path in event.message
+
+
+@pytest.mark.parametrize("obstacle", ["others", "claim", "policy"])
+def test_a_deleted_resource_goes_at_once_where_nothing_may_be_deleted(
+    build: SimpleNamespace, obstacle: str
+) -> None:
+    resource = deleted(build)
+    if obstacle == "policy":
+        resource["metadata"]["finalizers"] = ["other/one"]
+    path = checkpoint_path(build.spec_of(resource))
+    observed = build.world(
+        resource,
+        claim=None if obstacle == "claim" else build.claim(),
+        paths_in_use=frozenset({path} if obstacle == "others" else ()),
+    )
+    result = build.plan(resource, observed)
+    assert (result.finalizer, result.apply, result.delete) == (False, (), ())
+
+
+def test_the_checkpoint_of_an_earlier_spec_goes_once_the_new_one_serves(
+    build: SimpleNamespace,
+) -> None:
+    old = build.resource(DELETE)
+    new = build.resource(build.merged(DELETE, {"model": {"revision": "v2"}}))
+    record, current = build.done(old), build.done(new)
+    record["metadata"]["uid"] = "uid-old"
+    before = build.world(new, jobs=(record, current), deployment=build.deployment(old))
+    result = build.plan(new, before)
+    assert not result.delete
+    assert jobs_of(result) == []
+    held = {"ready": True, "running": {"startedAt": "2026-11-24T11:00:00Z"}}
+    ready = (build.condition("Ready"),)
+    loader, engine = build.container("loader", **held), build.container("engine", **held)
+    pod = build.serving_pod(new, loader, engine, conditions=ready)
+    served = replace(before, deployment=build.deployment(new), pods=(pod,))
+    assert build.conditions(new, served)["Ready"]["status"] == "True"
+    (job,) = jobs_of(build.plan(new, served))
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[2:] == [f"/mnt/weights/{checkpoint_path(build.spec_of(old))}"]
+    job["metadata"]["uid"] = "uid-reclaim"
+    ended = {**job, "status": {"conditions": [build.condition("Complete")]}}
+    result = build.plan(new, replace(served, jobs=(record, current, ended)))
+    assert [deletion.uid for deletion in result.delete] == ["uid-old", "uid-reclaim"]
+    used = replace(served, paths_in_use=frozenset({checkpoint_path(build.spec_of(old))}))
+    result = build.plan(new, used)
+    assert jobs_of(result) == []
+    assert [deletion.uid for deletion in result.delete] == ["uid-old"]
