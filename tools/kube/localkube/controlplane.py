@@ -119,10 +119,13 @@ def api_server(
     return [binary, *_flags({**flags, **more})]
 
 
-def controller_manager(binary: Path, layout: Layout, kubeconfig: Path) -> list[str | Path]:
+def controller_manager(
+    binary: Path, layout: Layout, kubeconfig: Path, controllers: str
+) -> list[str | Path]:
     """Return the command line of kube-controller-manager; it serves no port of its own."""
     flags = {
         "kubeconfig": kubeconfig,
+        "controllers": controllers,
         "secure-port": 0,
         "leader-elect": "false",
         # Start-up creates some forty ServiceAccounts; the default of 20 requests/s shows.
@@ -141,7 +144,13 @@ def controller_manager(binary: Path, layout: Layout, kubeconfig: Path) -> list[s
 
 def scheduler(binary: Path, kubeconfig: Path) -> list[str | Path]:
     """Return the command line of kube-scheduler; it serves no port of its own."""
-    flags = {"kubeconfig": kubeconfig, "secure-port": 0, "leader-elect": "false"}
+    flags = {
+        "kubeconfig": kubeconfig,
+        "secure-port": 0,
+        "leader-elect": "false",
+        "kube-api-qps": 500,
+        "kube-api-burst": 500,
+    }
     return [binary, *_flags(flags)]
 
 

@@ -24,6 +24,7 @@ class Record:
     kwok_stages: str = ""
     images: str = ""
     api_server: Mapping[str, str] = field(default_factory=dict)
+    controllers: str = "*"
     snapshotter: str = ""
     server: str = ""
 

@@ -1,0 +1,93 @@
+"""Informers: one kind each, listed once and watched from there, into the store.
+
+kopf runs a task, a queue and a chain of handler look-ups per object and lists whatever was
+listed before; for the children, twenty times as many as ModelDeployments, that is most of
+the operator's time (docs/decisions.md). Here an event is one line, decoded and stored.
+
+A watch that ends goes on where it was. One that is refused, because the API server has
+forgotten that version, starts over with a listing. One that is silent for longer than the
+API server's bookmarks allow is taken for dead.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace_operator.cluster.api import Api
+from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, Kind
+from headrace_operator.cluster.store import Key, Store
+from headrace_operator.errors import ApiError, Expired, KindNotServed
+
+_FIRST_DELAY_SECONDS = 0.2
+_MAX_DELAY_SECONDS = 30.0
+# How soon a kind is looked for again that the API server does not serve.
+_UNSERVED_SECONDS = 120.0
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Informer:
+    """Keeps the store in step with the API server for one kind, and tells who is concerned.
+
+    Call `list` before `run`: it fills the store and gives the version to watch from.
+    """
+
+    api: Api
+    store: Store
+    kind: Kind
+    namespace: str | None
+    selector: str
+    notify: Callable[[Key], None]
+    beat: Callable[[str], None] = lambda _: None
+    _version: str = ""
+
+    async def list(self) -> None:
+        """Take over a complete listing. Raises ApiError."""
+        try:
+            listing = await self.api.list(self.kind, self.namespace, label_selector=self.selector)
+        except KindNotServed:
+            if self.kind is MODEL_DEPLOYMENT:
+                raise
+            return  # resource.k8s.io needs Kubernetes 1.34; without it there are none
+        for key in self.store.replace(self.kind, listing):
+            self.notify(key)
+        self._version = str(listing.resource_version)
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        delay = _FIRST_DELAY_SECONDS
+        while True:
+            self.beat(f"watch of {self.kind.plural}")
+            before = self._version
+            try:
+                await self._watch()
+            except Expired:
+                self._version = ""
+            except KindNotServed:
+                await asyncio.sleep(_UNSERVED_SECONDS)
+                continue
+            except ApiError as error:
+                _logger.warning("watch of %s ended, starting again: %s", self.kind.plural, error)
+            if self._version == before:
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _MAX_DELAY_SECONDS)
+            else:
+                delay = _FIRST_DELAY_SECONDS
+
+    async def _watch(self) -> None:
+        if not self._version:
+            await self.list()
+        if not self._version:
+            raise KindNotServed(self.kind.plural)
+        stream = self.api.watch(
+            self.kind, self.namespace, self._version, label_selector=self.selector
+        )
+        async for change in stream:
+            self.beat(f"watch of {self.kind.plural}")
+            self._version = change.version
+            if change.body is None:
+                continue
+            key = self.store.observe(self.kind, change.body, gone=change.gone)
+            if key is not None:
+                self.notify(key)
