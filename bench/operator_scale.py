@@ -135,6 +135,7 @@ class Kube:
     async def watch(self, kind: Kind, selector: str = "") -> AsyncIterator[tuple[str, Any]]:
         query = f"?watch=true&labelSelector={selector}"
         async with self._session.get(kind.path() + query) as answer:
+            answer.raise_for_status()
             async for line in answer.content:
                 event = json.loads(line)
                 yield event["type"], event["object"]
@@ -390,10 +391,11 @@ def followers(kube: Kube, seen: Seen) -> list[Any]:
 
 
 async def forever(follow: Callable[[], Any]) -> None:
-    """Follow again whenever the API server ends a watch."""
+    """Follow again whenever the API server ends a watch, or does not serve it yet."""
     while True:
         with contextlib.suppress(aiohttp.ClientError):
             await follow()
+        await asyncio.sleep(0.2)
 
 
 async def complete(kube: Kube, job: Any) -> None:

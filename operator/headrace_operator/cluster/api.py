@@ -23,7 +23,7 @@ Object: TypeAlias = dict[str, Any]
 FIELD_MANAGER = "headrace-operator"
 REQUEST_TIMEOUT_SECONDS = 30.0
 PAGE_SIZE = 500
-# The API server sends a bookmark every minute; without one the connection is dead.
+# A busy watch has bookmarks every minute; a silent one is quiet or dead, so it starts again.
 WATCH_SILENCE_SECONDS = 90.0
 _WATCH_SECONDS = 600
 _ATTEMPTS = 3
@@ -95,7 +95,7 @@ class Api:
     async def watch(
         self, kind: Kind, namespace: str | None, version: str, *, label_selector: str = ""
     ) -> AsyncIterator[Change]:
-        """Yield the changes after a version until the API server ends the watch.
+        """Yield the changes after a version until the API server ends the watch, or is silent.
 
         Raises:
             Expired: the version is too old; list again.
@@ -113,7 +113,10 @@ class Api:
             sock_connect=REQUEST_TIMEOUT_SECONDS, sock_read=WATCH_SILENCE_SECONDS
         )
         what = f"WATCH {path}"
-        response = await self._send("GET", path, query, None, _JSON, timeout)
+        try:
+            response = await self._send("GET", path, query, None, _JSON, timeout)
+        except _NETWORK_ERRORS as error:
+            raise errors.Unavailable(f"{what}: {type(error).__name__}: {error}") from error
         try:
             if response.status >= 300:
                 raise _error(what, response.status, await response.read(), "")
@@ -123,6 +126,8 @@ class Api:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     yield _change(what, line)
+        except aiohttp.SocketTimeoutError:
+            return
         except _NETWORK_ERRORS as error:
             raise errors.Unavailable(f"{what}: {type(error).__name__}: {error}") from error
         finally:

@@ -5,12 +5,12 @@ listed before; for the children, twenty times as many as ModelDeployments, that 
 the operator's time (docs/decisions.md). Here an event is one line, decoded and stored.
 
 A watch that ends goes on where it was. One that is refused, because the API server has
-forgotten that version, starts over with a listing. One that is silent for longer than the
-API server's bookmarks allow is taken for dead.
+forgotten that version, starts over with a listing.
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ from headrace_operator.errors import ApiError, Expired, KindNotServed
 
 _FIRST_DELAY_SECONDS = 0.2
 _MAX_DELAY_SECONDS = 30.0
+# A watch that ends sooner than this makes the next one wait.
+_SHORT_SECONDS = 1.0
 # How soon a kind is looked for again that the API server does not serve.
 _UNSERVED_SECONDS = 120.0
 _logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class Informer:
         delay = _FIRST_DELAY_SECONDS
         while True:
             self.beat(f"watch of {self.kind.plural}")
-            before = self._version
+            begun = time.monotonic()
             try:
                 await self._watch()
             except Expired:
@@ -69,7 +71,7 @@ class Informer:
                 continue
             except ApiError as error:
                 _logger.warning("watch of %s ended, starting again: %s", self.kind.plural, error)
-            if self._version == before:
+            if time.monotonic() - begun < _SHORT_SECONDS:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, _MAX_DELAY_SECONDS)
             else:
