@@ -15,7 +15,8 @@ MARKERS = ("cluster", "engine", "node")  # from quick to slow
 # Their tests share a cluster, an engine or a GPU; elsewhere the tests of one file stay together.
 SHARING = {
     *("tests/engine", "tests/gpu", "tests/images", "tests/kube", "tests/node"),
-    "tests/operator/cluster", "tests/operator/faults",
+    "tests/operator/cluster",
+    "tests/operator/faults",
 }
 
 

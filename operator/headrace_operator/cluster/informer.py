@@ -9,16 +9,18 @@ forgotten that version, starts over with a listing.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from headrace_operator.cluster.api import Api
+from headrace_operator.cluster.api import Api, Listing
 from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, Kind
 from headrace_operator.cluster.store import Key, Store
 from headrace_operator.errors import ApiError, Expired, KindNotServed
 
+_LISTINGS = 3
 _FIRST_DELAY_SECONDS = 0.2
 _MAX_DELAY_SECONDS = 30.0
 # A watch that ends sooner than this makes the next one wait.
@@ -47,7 +49,7 @@ class Informer:
     async def list(self) -> None:
         """Take over a complete listing. Raises ApiError."""
         try:
-            listing = await self.api.list(self.kind, self.namespace, label_selector=self.selector)
+            listing = await self._listing()
         except KindNotServed:
             if self.kind is MODEL_DEPLOYMENT:
                 raise
@@ -55,6 +57,12 @@ class Informer:
         for key in self.store.replace(self.kind, listing):
             self.notify(key)
         self._version = str(listing.resource_version)
+
+    async def _listing(self) -> Listing:
+        for _ in range(_LISTINGS - 1):
+            with contextlib.suppress(Expired):  # the pages took longer than they are kept
+                return await self.api.list(self.kind, self.namespace, label_selector=self.selector)
+        return await self.api.list(self.kind, self.namespace, label_selector=self.selector)
 
     async def run(self) -> None:
         """Watch until cancelled."""

@@ -45,6 +45,7 @@ class Harm:
     """What happens to a request: whether it is passed on, and what the client gets instead.
 
     Without a `status` the connection breaks; with `hang` it stays open without an answer.
+    `unless` is asked with the API server's answer's status whether the client gets that after all.
     """
 
     pass_on: bool = False
@@ -52,7 +53,7 @@ class Harm:
     message: str = "injected"
     headers: tuple[tuple[str, str], ...] = ()
     hang: bool = False
-    then: Callable[[], None] | None = None
+    unless: Callable[[int], bool] = lambda _: False
 
 
 REFUSED = Harm()
@@ -123,9 +124,9 @@ class Proxy:
         if harm.pass_on:
             with contextlib.suppress(aiohttp.ClientError, OSError):
                 async with self._upstream(request, await request.read()) as answer:
-                    await answer.read()
-        if harm.then is not None:
-            harm.then()
+                    content = await answer.read()
+                if harm.unless(answer.status):
+                    return web.Response(body=content, status=answer.status, headers=_kept(answer))
         if harm.hang:
             await asyncio.Event().wait()
         if harm.status is None:
@@ -142,7 +143,7 @@ class Proxy:
 
     async def _pass_on(self, request: web.Request, seen: Request) -> web.StreamResponse:
         async with self._upstream(request, await request.read()) as answer:
-            kept = {k: v for k, v in answer.headers.items() if k in ("Content-Type", "Retry-After")}
+            kept = _kept(answer)
             if not seen.is_watch or answer.status != 200:
                 return web.Response(body=await answer.read(), status=answer.status, headers=kept)
             response = web.StreamResponse(status=200, headers=kept)
@@ -164,6 +165,10 @@ class Proxy:
                 return
             for event in self.events(seen, json.loads(line)):
                 await response.write(json.dumps(event).encode() + b"\n")
+
+
+def _kept(answer: aiohttp.ClientResponse) -> dict[str, str]:
+    return {k: v for k, v in answer.headers.items() if k in ("Content-Type", "Retry-After")}
 
 
 def _broken(request: web.Request) -> web.Response:
