@@ -70,7 +70,7 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory(prefix="bench-operator-") as root:
         cluster = Cluster(Path(root, "cluster")).up(
-            kwok=options.nodes, controllers="*,-job-controller"
+            kwok=options.nodes, controller_manager={"controllers": "*,-job-controller"}
         )
         with cluster:
             result = asyncio.run(measure(options, cluster, Path(root)))

@@ -96,7 +96,6 @@ class Cluster:
         kwok_stages: str | os.PathLike[str] = "",
         images: str | os.PathLike[str] = "",
         api_server: Mapping[str, str] | None = None,
-        controllers: str = "*",
     ) -> Self:
         """Bring the cluster up and return it; a cluster that is up already is kept.
 
@@ -105,7 +104,6 @@ class Cluster:
         is a directory for the real node's images that outlives the cluster: a later one finds
         them there. While another cluster uses it, the node starts without them. `api_server` has
         more flags of the API server by name, without dashes, or other values of those it has.
-        `controllers` is the list of controllers to run as the controller-manager takes it.
         Returns once the API answers, the default ServiceAccount exists and the nodes are Ready.
         Raises LocalkubeError, and leaves nothing running, when that cannot be reached.
         """
@@ -115,7 +113,6 @@ class Cluster:
             kwok_stages=_absolute(kwok_stages),
             images=_absolute(images),
             api_server=dict(api_server or {}),
-            controllers=controllers,
         )
         startup = Startup(self._layout, self._components, wanted, self.timings)
         startup.check()

@@ -119,13 +119,10 @@ def api_server(
     return [binary, *_flags({**flags, **more})]
 
 
-def controller_manager(
-    binary: Path, layout: Layout, kubeconfig: Path, controllers: str
-) -> list[str | Path]:
+def controller_manager(binary: Path, layout: Layout, kubeconfig: Path) -> list[str | Path]:
     """Return the command line of kube-controller-manager; it serves no port of its own."""
     flags = {
         "kubeconfig": kubeconfig,
-        "controllers": controllers,
         "secure-port": 0,
         "leader-elect": "false",
         # Start-up creates some forty ServiceAccounts; the default of 20 requests/s shows.

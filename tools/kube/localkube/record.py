@@ -24,7 +24,6 @@ class Record:
     kwok_stages: str = ""
     images: str = ""
     api_server: Mapping[str, str] = field(default_factory=dict)
-    controllers: str = "*"
     snapshotter: str = ""
     server: str = ""
 

@@ -152,7 +152,6 @@ class Startup:
                 self._paths["kube-controller-manager"],
                 self._layout,
                 self._identities.kubeconfig("system:kube-controller-manager"),
-                self._record.controllers,
             ),
         )
         self._components.start(
