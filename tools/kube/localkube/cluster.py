@@ -96,6 +96,7 @@ class Cluster:
         kwok_stages: str | os.PathLike[str] = "",
         images: str | os.PathLike[str] = "",
         api_server: Mapping[str, str] | None = None,
+        controller_manager: Mapping[str, str] | None = None,
     ) -> Self:
         """Bring the cluster up and return it; a cluster that is up already is kept.
 
@@ -103,7 +104,8 @@ class Cluster:
         `kwok_stages` a file of Stage objects to use instead of kwok's own fast ones. `images`
         is a directory for the real node's images that outlives the cluster: a later one finds
         them there. While another cluster uses it, the node starts without them. `api_server` has
-        more flags of the API server by name, without dashes, or other values of those it has.
+        more flags of the API server by name, without dashes, or other values of those it has,
+        and `controller_manager` those of kube-controller-manager.
         Returns once the API answers, the default ServiceAccount exists and the nodes are Ready.
         Raises LocalkubeError, and leaves nothing running, when that cannot be reached.
         """
@@ -113,6 +115,7 @@ class Cluster:
             kwok_stages=_absolute(kwok_stages),
             images=_absolute(images),
             api_server=dict(api_server or {}),
+            controller_manager=dict(controller_manager or {}),
         )
         startup = Startup(self._layout, self._components, wanted, self.timings)
         startup.check()

@@ -119,8 +119,13 @@ def api_server(
     return [binary, *_flags({**flags, **more})]
 
 
-def controller_manager(binary: Path, layout: Layout, kubeconfig: Path) -> list[str | Path]:
-    """Return the command line of kube-controller-manager; it serves no port of its own."""
+def controller_manager(
+    binary: Path, layout: Layout, kubeconfig: Path, more: Mapping[str, str]
+) -> list[str | Path]:
+    """Return the command line of kube-controller-manager; it serves no port of its own.
+
+    Flags in `more` replace those made here.
+    """
     flags = {
         "kubeconfig": kubeconfig,
         "secure-port": 0,
@@ -136,7 +141,7 @@ def controller_manager(binary: Path, layout: Layout, kubeconfig: Path) -> list[s
         "cluster-signing-cert-file": layout.pki / "ca.crt",
         "cluster-signing-key-file": layout.pki / "ca.key",
     }
-    return [binary, *_flags(flags)]
+    return [binary, *_flags({**flags, **more})]
 
 
 def scheduler(binary: Path, kubeconfig: Path) -> list[str | Path]:
