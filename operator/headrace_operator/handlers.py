@@ -72,8 +72,7 @@ def _registry(
 def _observer(store: Store, queue: WorkQueue[Key]) -> Callable[..., Awaitable[None]]:
     async def observe(event: kopf.RawEvent, **_: object) -> None:
         body: Any = event["object"]
-        key = store.observe(MODEL_DEPLOYMENT, body, gone=event["type"] == "DELETED")
-        if key is not None:
+        for key in store.observe(MODEL_DEPLOYMENT, body, gone=event["type"] == "DELETED"):
             queue.add(key)
 
     return observe

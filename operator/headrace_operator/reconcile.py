@@ -94,6 +94,7 @@ class Reconciler:
         """
         resource = self.store.resource(key)
         if resource is None:
+            self.store.use_claims(key, ())
             forget_conditions(*key)
             return None
         now = self.clock()

@@ -7,7 +7,7 @@ import time
 from headrace_operator.cluster.api import Api, Object
 from headrace_operator.cluster.execute import Executor
 from headrace_operator.cluster.informer import Informer
-from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, VOLUME, WATCHED
+from headrace_operator.cluster.kinds import CLAIM, MODEL_DEPLOYMENT, VOLUME, WATCHED
 from headrace_operator.cluster.store import Key, Store
 from headrace_operator.errors import ApiError, Forbidden
 from headrace_operator.health import Health
@@ -55,7 +55,8 @@ class Resync:
                 store,
                 kind,
                 namespace,
-                "" if kind is MODEL_DEPLOYMENT else CHILD_SELECTOR,
+                # Claims of others have no label of ours.
+                "" if kind in (MODEL_DEPLOYMENT, CLAIM) else CHILD_SELECTOR,
                 queue.add,
                 health.beat,
             )

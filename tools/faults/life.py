@@ -46,8 +46,8 @@ REPLICA_SET = Kind("ReplicaSet", "apps", "v1", "replicasets")
 NAMESPACE = Kind("Namespace", "", "v1", "namespaces", namespaced=False)
 CHILDREN = (JOB, DEPLOYMENT, SERVICE, CLAIM, CLAIM_TEMPLATE, POD, REPLICA_SET)
 MERGE = "application/merge-patch+json"
-WAIT_SECONDS = 120.0
-LIFE_SECONDS = 240.0
+WAIT_SECONDS = 240.0
+LIFE_SECONDS = 420.0
 FIRST_COMPLETED = asyncio.FIRST_COMPLETED
 NAME = "tiny"
 

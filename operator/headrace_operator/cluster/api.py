@@ -38,10 +38,16 @@ _MERGE = "application/merge-patch+json"
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Objects of one kind and the resource version they were listed at."""
+    """Objects of one kind, or a page of them, and the resource version they were listed at."""
 
     objects: list[Object]
     resource_version: int
+
+    @property
+    def newest(self) -> int:
+        """The version of the object that changed last, 0 without objects."""
+        versions = (text(body, "metadata", "resourceVersion") for body in self.objects)
+        return max((int(v) for v in versions if v.isdigit()), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +84,42 @@ class Api:
         limit: int | None = None,
     ) -> Listing:
         """Return all objects of a kind, or at most `limit` of them."""
-        query = {"limit": str(limit or PAGE_SIZE)}
-        if label_selector:
-            query["labelSelector"] = label_selector
-        if field_selector:
-            query["fieldSelector"] = field_selector
-        objects: list[Object] = []
+        objects, version = [], 0
+        async for page in self.pages(
+            kind,
+            namespace,
+            label_selector=label_selector,
+            field_selector=field_selector,
+            size=limit or PAGE_SIZE,
+        ):
+            objects += page.objects
+            version = page.resource_version
+            if limit is not None:
+                break
+        return Listing(objects, version)
+
+    async def pages(
+        self,
+        kind: Kind,
+        namespace: str | None = None,
+        *,
+        label_selector: str = "",
+        field_selector: str = "",
+        size: int = PAGE_SIZE,
+    ) -> AsyncIterator[Listing]:
+        """Yield all objects of a kind page by page, so that never all are unpacked at once."""
+        query = {
+            "limit": str(size),
+            "labelSelector": label_selector,
+            "fieldSelector": field_selector,
+        }
         while True:
             page = await self._request("GET", kind.path(namespace), query)
-            objects += page.get("items") or []
             metadata = page.get("metadata") or {}
+            yield Listing(page.get("items") or [], int(metadata.get("resourceVersion") or 0))
             query["continue"] = metadata.get("continue") or ""
-            if limit is not None or not query["continue"]:
-                return Listing(objects, int(metadata.get("resourceVersion") or 0))
+            if not query["continue"]:
+                return
 
     async def watch(
         self, kind: Kind, namespace: str | None, version: str, *, label_selector: str = ""

@@ -9,15 +9,14 @@ forgotten that version, starts over with a listing.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from headrace_operator.cluster.api import Api, Listing
+from headrace_operator.cluster.api import Api
 from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, Kind
-from headrace_operator.cluster.store import Key, Store
+from headrace_operator.cluster.store import Key, Store, key_of
 from headrace_operator.errors import ApiError, Expired, KindNotServed
 
 _LISTINGS = 3
@@ -48,21 +47,31 @@ class Informer:
 
     async def list(self) -> None:
         """Take over a complete listing. Raises ApiError."""
-        try:
-            listing = await self._listing()
-        except KindNotServed:
-            if self.kind is MODEL_DEPLOYMENT:
-                raise
-            return  # resource.k8s.io needs Kubernetes 1.34; without it there are none
-        for key in self.store.replace(self.kind, listing):
-            self.notify(key)
-        self._version = str(listing.resource_version)
+        for attempt in range(1, _LISTINGS + 1):
+            try:
+                await self._list()
+            except KindNotServed:
+                if self.kind is MODEL_DEPLOYMENT:
+                    raise
+                return  # resource.k8s.io needs Kubernetes 1.34; without it there are none
+            except Expired:  # the pages took longer than the API server keeps a version
+                if attempt == _LISTINGS:
+                    raise
+            else:
+                return
 
-    async def _listing(self) -> Listing:
-        for _ in range(_LISTINGS - 1):
-            with contextlib.suppress(Expired):  # the pages took longer than they are kept
-                return await self.api.list(self.kind, self.namespace, label_selector=self.selector)
-        return await self.api.list(self.kind, self.namespace, label_selector=self.selector)
+    async def _list(self) -> None:
+        listed: set[Key] = set()
+        changed: set[Key] = set()
+        newest, version = 0, 0
+        async for page in self.api.pages(self.kind, self.namespace, label_selector=self.selector):
+            changed |= self.store.take(self.kind, page.objects)
+            listed.update(map(key_of, page.objects))
+            newest, version = max(newest, page.newest), page.resource_version
+        changed |= self.store.finish(self.kind, listed, version, newest)
+        for key in changed:
+            self.notify(key)
+        self._version = str(version)
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -98,6 +107,5 @@ class Informer:
             self._version = change.version
             if change.body is None:
                 continue
-            key = self.store.observe(self.kind, change.body, gone=change.gone)
-            if key is not None:
+            for key in self.store.observe(self.kind, change.body, gone=change.gone):
                 self.notify(key)

@@ -20,7 +20,7 @@ from headrace_operator.cluster.kinds import (
     Kind,
 )
 from headrace_operator.cluster.loaders import Loaders
-from headrace_operator.cluster.store import Store, key_of
+from headrace_operator.cluster.store import Key, Store, key_of
 from headrace_operator.errors import Forbidden, NotFound
 from headrace_operator.plan import Observed, needs
 from headrace_operator.plan.failures import stuck
@@ -47,12 +47,13 @@ class Observer:
         """Return the observed state. Raises ApiError."""
         wanted = needs(resource)
         key = key_of(resource)
+        self._store.use_claims(key, (wanted.claim, wanted.source_claim))
         pods = tuple(self._store.children(POD, key))
         jobs = self._owned(JOB, resource)
         observed = Observed(
-            claim=await self._get(CLAIM, wanted.claim, key.namespace),
-            source_claim=await self._get(CLAIM, wanted.source_claim, key.namespace),
-            volume=await self._get(VOLUME, wanted.volume, None),
+            claim=self._store.claim(Key(key.namespace, wanted.claim or "")),
+            source_claim=self._store.claim(Key(key.namespace, wanted.source_claim or "")),
+            volume=await self._volume(wanted.volume),
             jobs=jobs,
             deployment=next(iter(self._owned(DEPLOYMENT, resource)), None),
             service=next(iter(self._owned(SERVICE, resource)), None),
@@ -76,11 +77,11 @@ class Observer:
         children = self._store.children(kind, key_of(resource))
         return tuple(child for child in children if controller_uid(child) == uid_of(resource))
 
-    async def _get(self, kind: Kind, name: str | None, namespace: str | None) -> Object | None:
+    async def _volume(self, name: str | None) -> Object | None:
         if not name:
             return None
         try:
-            return await self._api.get(kind, name, namespace)
+            return await self._api.get(VOLUME, name)
         except NotFound:
             return None
 
