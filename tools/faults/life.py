@@ -11,9 +11,10 @@ import contextlib
 import json
 import ssl
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self
 
 import aiohttp
@@ -147,7 +148,7 @@ class Kube:
         resource = self.resources.get(namespace, {})
         conditions = {c["type"]: c for c in resource.get("status", {}).get("conditions", [])}
         ready = conditions.get("Ready", {})
-        return ready.get("status") == "True" and ready.get("observedGeneration") == generation
+        return (ready.get("status"), ready.get("observedGeneration")) == ("True", generation)
 
 
 def _now() -> datetime:
@@ -201,7 +202,7 @@ class Operator:
         results = await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         if self._client is not None:
-            await self._client.close()
+            await self._client.close()  # type: ignore[no-untyped-call]
             self._client = None
         broken = [r for r in results if isinstance(r, Exception)]
         assert not broken, broken
@@ -374,8 +375,8 @@ async def live(kube: Kube, token: str, name: str, scenario: Scenario) -> Outcome
             proxy = Proxy(kube.cluster.server, kube.cluster.authority)
             await stack.enter_async_context(proxy)
             operator = Operator(proxy, token, name, scenario.clock, scenario.period)
-            proxy.harm = lambda r, operator=operator: scenario.harm(operator, r)
-            proxy.events = lambda r, e, operator=operator: scenario.events(operator, r, e)
+            proxy.harm = partial(scenario.harm, operator)
+            proxy.events = partial(scenario.events, operator)
             outcome.operators.append(operator)
         tasks = [asyncio.create_task(o.keep_alive()) for o in outcome.operators]
         if scenario.meanwhile is not None:

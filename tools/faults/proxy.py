@@ -136,7 +136,7 @@ class Proxy:
             {**body, "code": harm.status}, status=harm.status, headers=dict(harm.headers)
         )
 
-    def _upstream(self, request: web.Request, body: bytes) -> Any:  # noqa: ANN401 - aiohttp's own
+    def _upstream(self, request: web.Request, body: bytes) -> Any:
         headers = {k: request.headers[k] for k in _PASSED_ON if k in request.headers}
         url = self.server + str(request.rel_url)
         return self._session.request(request.method, url, data=body, headers=headers)

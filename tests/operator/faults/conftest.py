@@ -41,3 +41,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def token(cluster: Cluster) -> str:
     """A token of the operator's ServiceAccount."""
     return cluster.kubectl("create", "token", "headrace", "-n", beside.SYSTEM).strip()
+
+
+@pytest.fixture(scope="session")
+def conftest_of_cluster() -> Any:
+    """The module of the fixtures beside this directory."""
+    return beside

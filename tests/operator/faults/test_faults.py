@@ -19,9 +19,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+
 from faults.life import Kube, Life, Operator, Outcome, Scenario, live
 from faults.proxy import HANGING, LOST, REFUSED, Harm, Request
-
 from headrace_operator.cluster import api
 
 pytestmark = pytest.mark.cluster
@@ -173,19 +173,7 @@ async def live_all(cluster: Any, token: str) -> dict[str, Outcome]:
 
         async def one(name: str, scenario: Scenario) -> Outcome:
             async with gate:
-                import time
-
-                t = time.monotonic()
-                x = await live(kube, token, name, scenario)
-                with open("/tmp/lives.log", "a") as f:
-                    print(
-                        name,
-                        round(time.monotonic() - t, 1),
-                        x.error and repr(x.error)[:400],
-                        [(o.starts, len(o.proxy.requests)) for o in x.operators],
-                        file=f,
-                    )
-                return x
+                return await live(kube, token, name, scenario)
 
         outcomes = await asyncio.gather(*(one(n, s) for n, s in LIVES.items()))
     return dict(zip(LIVES, outcomes, strict=True))

@@ -24,6 +24,7 @@ class Record:
     kwok_stages: str = ""
     images: str = ""
     api_server: Mapping[str, str] = field(default_factory=dict)
+    controller_manager: Mapping[str, str] = field(default_factory=dict)
     snapshotter: str = ""
     server: str = ""
 

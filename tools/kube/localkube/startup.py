@@ -152,6 +152,7 @@ class Startup:
                 self._paths["kube-controller-manager"],
                 self._layout,
                 self._identities.kubeconfig("system:kube-controller-manager"),
+                self._record.controller_manager,
             ),
         )
         self._components.start(
