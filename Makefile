@@ -21,12 +21,11 @@ lint: ## formatting, lint, types, dependency directions, generated files, chart
 bench-loader: ## measure the loader against the hardware's limits and its peers; see --help
 	@$(WORKSPACE) bench-loader $(ARGS)
 
-.PHONY: venv images crds docs lock
 .PHONY: bench-operator
 bench-operator: ## thousands of ModelDeployments on simulated nodes; ARGS="--deployments 5000"
 	@$(WORKSPACE) bench-operator $(ARGS)
 
-.PHONY: venv images crds lock
+.PHONY: venv images crds docs lock
 venv: ## make .venv from the lock file
 	@$(WORKSPACE) venv
 images: ## build the container images into the cache
