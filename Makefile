@@ -7,17 +7,23 @@ WORKSPACE := PYTHONPATH=tools $(PYTHON) -m workspace
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-.PHONY: demo test lint
+.PHONY: demo test test-faults lint
 demo: ## one manifest in, one answer out, on a real cluster that is torn down afterwards
 	@$(WORKSPACE) demo $(ARGS)
 test: ## set everything up and run the whole suite; ARGS go to pytest
 	@$(WORKSPACE) test $(ARGS)
+test-faults: ## the fault suite with a kill at every single API call, before and after it acts
+	@$(WORKSPACE) test-faults $(ARGS)
 lint: ## formatting, lint, types, dependency directions, generated files, chart
 	@$(WORKSPACE) lint
 
 .PHONY: bench-loader
 bench-loader: ## measure the loader against the hardware's limits and its peers; see --help
 	@$(WORKSPACE) bench-loader $(ARGS)
+
+.PHONY: bench-operator
+bench-operator: ## thousands of ModelDeployments on simulated nodes; ARGS="--deployments 5000"
+	@$(WORKSPACE) bench-operator $(ARGS)
 
 .PHONY: monitoring check-alerts
 monitoring: ## scrape a model on a real cluster with a real Prometheus and ask it every query

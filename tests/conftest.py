@@ -16,6 +16,7 @@ MARKERS = ("cluster", "engine", "node")  # from quick to slow
 SHARING = {
     *("tests/engine", "tests/gpu", "tests/images", "tests/kube", "tests/node"),
     "tests/operator/cluster",
+    "tests/operator/faults",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 from prometheus_client import start_http_server
 
 from headrace_operator.cluster.connection import Connection, connect
-from headrace_operator.cluster.kinds import WATCHED
+from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, WATCHED
 from headrace_operator.cluster.store import Store
 from headrace_operator.errors import KindNotServed, OperatorError
 from headrace_operator.handlers import watch
@@ -72,12 +72,19 @@ async def _serve(settings: ProcessSettings, connection: Connection) -> None:
         name="watch",
     )
     _logger.info("serving %s", ", ".join(settings.namespaces) or "all namespaces")
-    tasks = [watching, resyncing, *workers]
+    informing = [
+        asyncio.create_task(informer.run(), name=f"informer {informer.kind.plural}")
+        for informer in resync.informers
+        if informer.kind is not MODEL_DEPLOYMENT
+    ]
+    endless = [resyncing, *informing]
+    tasks = [watching, *endless, *workers]
     try:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         queue.shut_down()
-        resyncing.cancel()
+        for task in endless:
+            task.cancel()
         _, running = await asyncio.wait(tasks, timeout=_DRAIN_SECONDS)
         for task in running:
             task.cancel()

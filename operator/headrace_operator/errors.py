@@ -7,6 +7,7 @@
         ├── NotFound        there is no such object
         ├── KindNotServed   the API server does not know the kind
         ├── Conflict        the object exists already, or is another one by now
+        ├── Expired         a watch or a listing asks for what is forgotten by now
         ├── Forbidden       the service account lacks a permission
         ├── NamespaceTerminating    nothing can be made there any more
         ├── Invalid         the object breaks a rule of the API server
@@ -49,6 +50,10 @@ class KindNotServed(ApiError):
 
 class Conflict(ApiError):
     """The object exists already, or a precondition failed."""
+
+
+class Expired(ApiError):
+    """The API server has forgotten the version that a watch or listing continues from."""
 
 
 class Forbidden(ApiError):

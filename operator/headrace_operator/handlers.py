@@ -1,7 +1,8 @@
-"""kopf: the watches, the login and the liveness endpoint. The only module that imports kopf.
+"""kopf: the watch of ModelDeployments, the login, the liveness endpoint, signals.
 
-Handlers put the name of a ModelDeployment into the queue and do nothing else: no finalizers
-and no annotations on anyone's objects.
+The only module that imports kopf. The handler puts the name of a ModelDeployment into the
+queue and does nothing else: no finalizers and no annotations on anyone's objects. The children
+have informers (cluster/informer.py), which cost a fraction of a handler per event.
 """
 
 from collections.abc import Awaitable, Callable
@@ -11,11 +12,10 @@ from typing import Any
 import kopf
 
 from headrace_operator.cluster.connection import Connection
-from headrace_operator.cluster.kinds import CHILDREN, WATCHED, Kind
+from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT
 from headrace_operator.cluster.store import Key, Store
 from headrace_operator.health import Health
 from headrace_operator.queue import WorkQueue
-from headrace_operator.resync import CHILD_SELECTOR
 
 _PREFIX = "headrace.dev"
 _REQUEST_TIMEOUT_SECONDS = 30
@@ -48,11 +48,11 @@ def _registry(
     connection: Connection, store: Store, queue: WorkQueue[Key], health: Health
 ) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
-    for kind in WATCHED:
-        subscribe = kopf.on.event(
-            kind.group, kind.version, kind.plural, id=f"observe-{kind.plural}", registry=registry
-        )
-        subscribe(_observer(kind, store, queue))
+    kind = MODEL_DEPLOYMENT
+    subscribe = kopf.on.event(
+        kind.group, kind.version, kind.plural, id=f"observe-{kind.plural}", registry=registry
+    )
+    subscribe(_observer(store, queue))
 
     @kopf.on.login(registry=registry)
     async def log_in(**_: object) -> kopf.ConnectionInfo:
@@ -69,11 +69,10 @@ def _registry(
     return registry
 
 
-def _observer(kind: Kind, store: Store, queue: WorkQueue[Key]) -> Callable[..., Awaitable[None]]:
+def _observer(store: Store, queue: WorkQueue[Key]) -> Callable[..., Awaitable[None]]:
     async def observe(event: kopf.RawEvent, **_: object) -> None:
         body: Any = event["object"]
-        key = store.observe(kind, body, gone=event["type"] == "DELETED")
-        if key is not None:
+        for key in store.observe(MODEL_DEPLOYMENT, body, gone=event["type"] == "DELETED"):
             queue.add(key)
 
     return observe
@@ -85,9 +84,6 @@ def _settings() -> kopf.OperatorSettings:
     settings.scanning.disabled = True
     settings.networking.request_timeout = _REQUEST_TIMEOUT_SECONDS
     settings.watching.chunk_size = _PAGE_SIZE
-    for kind in CHILDREN:
-        selectors = settings.watching.label_selectors
-        selectors[kind.group, kind.version, kind.plural] = CHILD_SELECTOR
     # No handler keeps state, so neither is used; if one ever did, it would not be under
     # the framework's own name.
     settings.persistence.finalizer = f"{_PREFIX}/finalizer"

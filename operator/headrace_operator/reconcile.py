@@ -101,6 +101,7 @@ class Reconciler:
         """
         resource = self.store.resource(key)
         if resource is None:
+            self.store.use_claims(key, ())
             self._gpus.forget(key)
             forget(*key)
             return None

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import time
 
-from headrace_operator.cluster.api import Api, Listing, Object
+from headrace_operator.cluster.api import Api, Object
 from headrace_operator.cluster.execute import Executor
-from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, VOLUME, WATCHED, Kind
+from headrace_operator.cluster.informer import Informer
+from headrace_operator.cluster.kinds import CLAIM, MODEL_DEPLOYMENT, VOLUME, WATCHED
 from headrace_operator.cluster.store import Key, Store
-from headrace_operator.errors import ApiError, Forbidden, KindNotServed
+from headrace_operator.errors import ApiError, Forbidden
 from headrace_operator.health import Health
 from headrace_operator.metrics import WATCH_LAG
 from headrace_operator.plan import Deletion
@@ -22,12 +24,16 @@ from headrace_operator.plan.volume import is_orphan
 from headrace_operator.queue import WorkQueue
 
 PERIOD_SECONDS = 30.0
+MAX_PERIOD_SECONDS = 600.0
+# What resyncs may cost, in cores: with thousands of objects they become rarer instead.
+_SHARE_OF_A_CORE = 0.01
+_DRAIN_SECONDS = 0.5
 CHILD_SELECTOR = OWNER_LABEL
 _logger = logging.getLogger(__name__)
 
 
 class Resync:
-    """Lists everything every half a minute."""
+    """Lists everything every half a minute; more rarely where that would cost too much."""
 
     def __init__(
         self,
@@ -43,16 +49,40 @@ class Resync:
         self._health = health
         self._namespaces = namespaces
         self._executor = Executor(api, store)
+        self.informers = tuple(
+            Informer(
+                api,
+                store,
+                kind,
+                namespaces or (None,),
+                # Claims of others have no label of ours.
+                "" if kind in (MODEL_DEPLOYMENT, CLAIM) else CHILD_SELECTOR,
+                queue.add,
+                health.beat,
+            )
+            for kind in WATCHED
+        )
 
     async def run(self) -> None:
         """Resync until cancelled."""
+        period = PERIOD_SECONDS
         while True:
-            self._health.beat("resync")
-            await asyncio.sleep(PERIOD_SECONDS)
+            await self._rest(period)
+            before = time.process_time()
             try:
                 await self.cycle()
             except ApiError as error:
                 _logger.warning("resync failed, trying again: %s", error)
+            while len(self._queue):
+                await self._rest(_DRAIN_SECONDS)
+            seconds = (time.process_time() - before) / _SHARE_OF_A_CORE
+            period = min(max(PERIOD_SECONDS, seconds), MAX_PERIOD_SECONDS)
+
+    async def _rest(self, seconds: float) -> None:
+        while seconds > 0:
+            self._health.beat("resync")
+            await asyncio.sleep(min(seconds, PERIOD_SECONDS))
+            seconds -= PERIOD_SECONDS
 
     async def cycle(self) -> None:
         """List everything, test the watches, collect volumes. Raises ApiError."""
@@ -62,28 +92,9 @@ class Resync:
 
     async def list_all(self) -> None:
         """List all kinds into the store and enqueue every ModelDeployment. Raises ApiError."""
-        for kind in WATCHED:
-            await self._list(kind)
+        for informer in self.informers:
+            await informer.list()
         for key in self._store.resources():
-            self._queue.add(key)
-
-    async def _list(self, kind: Kind) -> None:
-        selector = "" if kind is MODEL_DEPLOYMENT else CHILD_SELECTOR
-        try:
-            listings = [
-                await self._api.list(kind, namespace, label_selector=selector)
-                for namespace in self._namespaces or (None,)
-            ]
-        except KindNotServed:
-            if kind is MODEL_DEPLOYMENT:
-                raise
-            return  # resource.k8s.io needs Kubernetes 1.34; without it there are none
-        # Of several listings the earliest decides what is gone: the others saw more.
-        listing = Listing(
-            [body for one in listings for body in one.objects],
-            min(one.resource_version for one in listings),
-        )
-        for key in self._store.replace(kind, listing):
             self._queue.add(key)
 
     def _test_watches(self) -> None:

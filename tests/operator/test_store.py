@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace_operator.cluster.api import Listing
-from headrace_operator.cluster.kinds import JOB, MODEL_DEPLOYMENT
+from headrace_operator.cluster.kinds import CLAIM, JOB, MODEL_DEPLOYMENT
 from headrace_operator.cluster.store import Key, Store
 
 OWNER = Key("ns", "tiny")
@@ -25,7 +25,7 @@ def versions(store: Store, owner: Key = OWNER) -> dict[str, int]:
 
 def test_events_and_writes_are_kept_by_version() -> None:
     store = Store([MODEL_DEPLOYMENT, JOB])
-    assert store.observe(JOB, job("a", 5), gone=False) == OWNER
+    assert store.observe(JOB, job("a", 5), gone=False) == {OWNER}
     store.put(JOB, job("a", 7))
     store.observe(JOB, job("a", 6), gone=False)
     assert versions(store) == {"a": 7}
@@ -39,7 +39,7 @@ def test_events_and_writes_are_kept_by_version() -> None:
 def test_an_object_follows_its_label() -> None:
     store = Store([JOB])
     store.observe(JOB, job("a", 1), gone=False)
-    assert store.observe(JOB, job("a", 2, "other"), gone=False) == Key("ns", "other")
+    assert store.observe(JOB, job("a", 2, "other"), gone=False) == {Key("ns", "other")}
     assert versions(store) == {}
     assert versions(store, Key("ns", "other")) == {"a": 2}
 
@@ -106,3 +106,17 @@ def test_any_order_of_events_and_listings_ends_with_the_truth(
     for deliver in pending:
         deliver()
     assert versions(store) == truth
+
+
+def test_a_claim_of_others_concerns_those_who_use_it() -> None:
+    store = Store([MODEL_DEPLOYMENT, CLAIM])
+    body = {"metadata": {"name": "weights", "namespace": "ns", "resourceVersion": "1"}}
+    assert store.observe(CLAIM, body, gone=False) == set()
+    assert store.claim(Key("ns", "weights")) == body
+    store.use_claims(OWNER, ("weights", None))
+    body["metadata"]["resourceVersion"] = "2"
+    assert store.observe(CLAIM, body, gone=False) == {OWNER}
+    assert store.replace(CLAIM, Listing([], 3)) == {OWNER}
+    store.use_claims(OWNER, ("other",))
+    body["metadata"]["resourceVersion"] = "4"
+    assert store.observe(CLAIM, body, gone=False) == set()

@@ -112,6 +112,14 @@ def _test(arguments: Sequence[str]) -> int:
         return _call(["-m", "pytest", *SUITE_OPTIONS, *arguments], SUITE_SECONDS)
 
 
+def _test_faults(arguments: Sequence[str]) -> int:
+    """Kill the operator at every single call as well, which takes longer than the suite may."""
+    _venv()
+    _setup("localkube", "build", "--all")
+    os.environ["HEADRACE_FAULTS"] = "all"
+    return _call(["-m", "pytest", "tests/operator/faults", *arguments])
+
+
 def _setup(*module: str) -> None:
     if status := _call(["-m", *module], BUILD_SECONDS):
         raise ToolError(f"{' '.join(module)}: failed with status {status}; the reason is above")
@@ -159,11 +167,13 @@ def _lock(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _module("demo"),
     "test": _test,
+    "test-faults": _test_faults,
     "lint": _lint,
     "venv": _venv,
     "images": _module("imagebuild"),
     "bench-loader": _bench("loader"),
     "bench-sharder": _bench("sharder"),
+    "bench-operator": _bench("operator_scale"),
     "crds": _module(CRD),
     "docs": _module("mkdocs", "build", "--strict"),
     "dashboards": _module("dashboards"),

@@ -6,7 +6,7 @@ the fields it owns, which a typed object cannot say.
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,28 +16,47 @@ from kubernetes.aio.client import ApiClient
 from headrace_operator import errors
 from headrace_operator.cluster.kinds import Kind, kind_named
 from headrace_operator.metrics import API_REQUESTS
-from headrace_operator.plan.objects import items, text
+from headrace_operator.plan.objects import integer, items, text
 
 Object: TypeAlias = dict[str, Any]
 
 FIELD_MANAGER = "headrace-operator"
 REQUEST_TIMEOUT_SECONDS = 30.0
 PAGE_SIZE = 500
+# A busy watch has bookmarks every minute; a silent one is quiet or dead, so it starts again.
+WATCH_SILENCE_SECONDS = 90.0
+_WATCH_SECONDS = 600
 _ATTEMPTS = 3
 _FIRST_DELAY_SECONDS = 0.2
 _MAX_RETRY_AFTER_SECONDS = 5.0
 _NETWORK_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
 
 _APPLY = "application/apply-patch+yaml"
+_JSON = "application/json"
 _MERGE = "application/merge-patch+json"
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Objects of one kind and the resource version they were listed at."""
+    """Objects of one kind, or a page of them, and the resource version they were listed at."""
 
     objects: list[Object]
     resource_version: int
+
+    @property
+    def newest(self) -> int:
+        """The version of the object that changed last, 0 without objects."""
+        versions = (text(body, "metadata", "resourceVersion") for body in self.objects)
+        return max((int(v) for v in versions if v.isdigit()), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One event of a watch: the new state of an object, or only the version reached."""
+
+    version: str
+    body: Object | None = None
+    gone: bool = False
 
 
 class Api:
@@ -65,19 +84,83 @@ class Api:
         limit: int | None = None,
     ) -> Listing:
         """Return all objects of a kind, or at most `limit` of them."""
-        query = {"limit": str(limit or PAGE_SIZE)}
-        if label_selector:
-            query["labelSelector"] = label_selector
-        if field_selector:
-            query["fieldSelector"] = field_selector
-        objects: list[Object] = []
+        objects, version = [], 0
+        async for page in self.pages(
+            kind,
+            namespace,
+            label_selector=label_selector,
+            field_selector=field_selector,
+            size=limit or PAGE_SIZE,
+        ):
+            objects += page.objects
+            version = page.resource_version
+            if limit is not None:
+                break
+        return Listing(objects, version)
+
+    async def pages(
+        self,
+        kind: Kind,
+        namespace: str | None = None,
+        *,
+        label_selector: str = "",
+        field_selector: str = "",
+        size: int = PAGE_SIZE,
+    ) -> AsyncIterator[Listing]:
+        """Yield all objects of a kind page by page, so that never all are unpacked at once."""
+        query = {
+            "limit": str(size),
+            "labelSelector": label_selector,
+            "fieldSelector": field_selector,
+        }
         while True:
             page = await self._request("GET", kind.path(namespace), query)
-            objects += page.get("items") or []
             metadata = page.get("metadata") or {}
+            yield Listing(page.get("items") or [], int(metadata.get("resourceVersion") or 0))
             query["continue"] = metadata.get("continue") or ""
-            if limit is not None or not query["continue"]:
-                return Listing(objects, int(metadata.get("resourceVersion") or 0))
+            if not query["continue"]:
+                return
+
+    async def watch(
+        self, kind: Kind, namespace: str | None, version: str, *, label_selector: str = ""
+    ) -> AsyncIterator[Change]:
+        """Yield the changes after a version until the API server ends the watch, or is silent.
+
+        Raises:
+            Expired: the version is too old; list again.
+            ApiError: the watch was refused or broke off.
+        """
+        path = kind.path(namespace)
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": version,
+            "labelSelector": label_selector,
+            "timeoutSeconds": str(_WATCH_SECONDS),
+        }
+        timeout = aiohttp.ClientTimeout(
+            sock_connect=REQUEST_TIMEOUT_SECONDS, sock_read=WATCH_SILENCE_SECONDS
+        )
+        what = f"WATCH {path}"
+        try:
+            response = await self._send("GET", path, query, None, _JSON, timeout)
+        except _NETWORK_ERRORS as error:
+            raise errors.Unavailable(f"{what}: {type(error).__name__}: {error}") from error
+        try:
+            if response.status >= 300:
+                raise _error(what, response.status, await response.read(), "")
+            API_REQUESTS.labels("WATCH", str(response.status)).inc()
+            rest = b""
+            async for chunk in response.content.iter_any():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield _change(what, line)
+        except aiohttp.SocketTimeoutError:
+            return
+        except _NETWORK_ERRORS as error:
+            raise errors.Unavailable(f"{what}: {type(error).__name__}: {error}") from error
+        finally:
+            response.close()
 
     async def apply(self, body: Mapping[str, Any], *, subresource: str | None = None) -> Object:
         """Apply the fields of an object by server-side apply, taking them over by force."""
@@ -126,7 +209,7 @@ class Api:
         path: str,
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
-        content_type: str = "application/json",
+        content_type: str = _JSON,
     ) -> Object:
         delay = _FIRST_DELAY_SECONDS
         for attempt in range(1, _ATTEMPTS + 1):
@@ -149,27 +232,56 @@ class Api:
         content_type: str,
     ) -> Object:
         what = f"{method} {path}"
+        timeout = aiohttp.ClientTimeout(REQUEST_TIMEOUT_SECONDS)
         try:
-            request = await self._client.param_serialize(
-                method,
-                path,
-                query_params=[(k, v) for k, v in (query or {}).items() if v],
-                header_params={"Accept": "application/json", "Content-Type": content_type},
-                body=body,
-                auth_settings=["BearerToken"],
-            )
-            response = await self._client.call_api(
-                *request[:4], _request_timeout=aiohttp.ClientTimeout(REQUEST_TIMEOUT_SECONDS)
-            )
-            content: bytes = await response.read()  # type: ignore[no-untyped-call]
+            response = await self._send(method, path, query, body, content_type, timeout)
+            content = await response.read()
         except _NETWORK_ERRORS as error:
             API_REQUESTS.labels(method, "none").inc()
             raise errors.Unavailable(f"{what}: {type(error).__name__}: {error}") from error
         API_REQUESTS.labels(method, str(response.status)).inc()
         if response.status < 300:
-            return json.loads(content)  # type: ignore[no-any-return]  # checked by the API server
+            return _decode(what, content)
         retry_after = response.headers.get("Retry-After", "")
         raise _error(what, response.status, content, retry_after)
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Object | None,
+        content_type: str,
+        limits: aiohttp.ClientTimeout,
+    ) -> aiohttp.ClientResponse:
+        request = await self._client.param_serialize(
+            method,
+            path,
+            query_params=[(k, v) for k, v in (query or {}).items() if v],
+            header_params={"Accept": _JSON, "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        answer = await self._client.call_api(*request[:4], _request_timeout=limits)
+        response: aiohttp.ClientResponse = answer.response
+        return response
+
+
+def _decode(what: str, content: bytes) -> Object:
+    try:
+        decoded: Object = json.loads(content)
+    except ValueError as error:
+        raise errors.Unavailable(f"{what}: the answer is no JSON: {error}") from error
+    return decoded
+
+
+def _change(what: str, line: bytes) -> Change:
+    event = _decode(what, line)
+    kind, body = text(event, "type"), event.get("object") or {}
+    if kind == "ERROR":
+        raise _error(what, integer(body, "code"), json.dumps(body).encode(), "")
+    version = text(body, "metadata", "resourceVersion")
+    return Change(version, None if kind == "BOOKMARK" else body, gone=kind == "DELETED")
 
 
 def _error(what: str, status: int, content: bytes, retry_after: str) -> errors.ApiError:
@@ -194,6 +306,7 @@ def _error(what: str, status: int, content: bytes, retry_after: str) -> errors.A
         401: errors.Unavailable,  # an expired token is read again
         403: errors.Forbidden,
         409: errors.Conflict,
+        410: errors.Expired,
     }
     return known.get(status, errors.Invalid)(explanation)
 

@@ -91,14 +91,18 @@ class Executor:
         self._store.put(MODEL_DEPLOYMENT, written)
 
     async def write_status(self, resource: Object, status: Mapping[str, Any]) -> None:
-        """Write the status if it differs. A ModelDeployment that is gone needs none."""
+        """Write the status if it differs. A ModelDeployment that is gone needs none.
+
+        Raises:
+            ApiError: it is not written; a Conflict too, since it need not be a new object's.
+        """
         if resource.get("status") == status["status"]:
             return
         metadata = {**status["metadata"], "uid": uid_of(resource)}
         body = {**status, "metadata": metadata}
         try:
             written = await self._api.apply(body, subresource="status")
-        except (NotFound, Conflict):
+        except NotFound:
             return
         self._store.put(MODEL_DEPLOYMENT, written)
 
@@ -139,11 +143,11 @@ class Executor:
             _logger.warning("event not reported: %s", error, extra={"event": transition.key})
 
     async def delete(self, deletion: Deletion) -> None:
-        """Delete an object unless it is gone or another one by now."""
+        """Delete an object unless it is gone; a Conflict is raised if it is another one by now."""
         kind = kind_named(deletion.kind)
         try:
             await self._api.delete(kind, deletion.name, deletion.namespace, deletion.uid)
-        except (NotFound, Conflict):
+        except NotFound:
             return
         self._applied.pop(deletion.uid, None)
         _logger.info("deleted %s %s", kind.name, deletion.name)

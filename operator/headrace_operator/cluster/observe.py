@@ -69,15 +69,16 @@ class Observer:
         """Return the observed state. Raises ApiError."""
         wanted = needs(resource)
         key = key_of(resource)
+        self._store.use_claims(key, (wanted.claim, wanted.source_claim))
         pods = tuple(self._store.children(POD, key))
         jobs = self._owned(JOB, resource)
-        claim = await self._get(CLAIM, wanted.claim, key.namespace)
+        claim = self._store.claim(Key(key.namespace, wanted.claim or ""))
         storage_class, unreadable = await self._storage_class(wanted, claim)
         workloads = (*self._owned(DEPLOYMENT, resource), *self._owned(GROUP_SET, resource))
         workload = next(iter(workloads), None)
         observed = Observed(
             claim=claim,
-            source_claim=await self._get(CLAIM, wanted.source_claim, key.namespace),
+            source_claim=self._store.claim(Key(key.namespace, wanted.source_claim or "")),
             volume=await self._volume_of(wanted, claim),
             storage_class=storage_class,
             jobs=jobs,
@@ -113,11 +114,11 @@ class Observer:
         children = self._store.children(kind, key_of(resource))
         return tuple(child for child in children if controller_uid(child) == uid_of(resource))
 
-    async def _get(self, kind: Kind, name: str | None, namespace: str | None) -> Object | None:
+    async def _get(self, kind: Kind, name: str | None) -> Object | None:
         if not name:
             return None
         try:
-            return await self._api.get(kind, name, namespace)
+            return await self._api.get(kind, name)
         except NotFound:
             return None
 
@@ -128,7 +129,7 @@ class Observer:
         if claim is not None:
             return None, frozenset()
         try:
-            return await self._get(STORAGE_CLASS, wanted.storage_class, None), frozenset()
+            return await self._get(STORAGE_CLASS, wanted.storage_class), frozenset()
         except Forbidden:
             return None, frozenset({STORAGE_CLASS.name})
 
@@ -138,7 +139,7 @@ class Observer:
             volumes = await self._volumes.get()
             return mapping(volumes).get(text(claim, "spec", "volumeName"))
         try:
-            return await self._get(VOLUME, wanted.volume, None)
+            return await self._get(VOLUME, wanted.volume)
         except Forbidden:
             return None  # making it is refused as well, and that is told
 

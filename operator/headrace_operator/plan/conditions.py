@@ -31,12 +31,12 @@ class Draft:
 
 def holds(reason: str, message: str) -> Draft:
     """Return the draft of an aspect that holds."""
-    return Draft(TRUE, reason, message)
+    return Draft(TRUE, reason, one_line(message))
 
 
 def waiting(reason: str, message: str) -> Draft:
     """Return the draft of an aspect that will come to hold without anyone's help."""
-    return Draft(FALSE, reason, message)
+    return Draft(FALSE, reason, one_line(message))
 
 
 def problem(reason: str, message: str) -> Draft:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 COMMAND_SECONDS = 120.0
+RESTART_SECONDS = 60.0
 
 
 class Cluster:
@@ -145,6 +147,22 @@ class Cluster:
         """Return the process ids of the components that run; empty when the cluster is down."""
         found = processes.find(self._layout.root)
         return {process.component: process.pid for process in sorted(found, key=lambda p: -p.pid)}
+
+    def kill(self, component: str) -> Sequence[str]:
+        """Kill a component of the control plane, as a crash would; return its command line."""
+        pid = self.status()[component]
+        command = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+        os.kill(pid, signal.SIGKILL)
+        self._components.forget(component)
+        return command
+
+    def start(self, component: str, command: Sequence[str]) -> None:
+        """Start a component again that was killed; wait until the API server answers."""
+        self._components.start(component, command)
+        api = Api(self.server, self.authority, self.admin)
+        self._components.wait_for(
+            f"restarting {component}", lambda: api.get("/readyz") is not None, RESTART_SECONDS
+        )
 
     def bin(self, name: str) -> Path:
         """Return the path of a binary such as kubectl or helm, built if need be."""

@@ -146,7 +146,13 @@ def controller_manager(
 
 def scheduler(binary: Path, kubeconfig: Path) -> list[str | Path]:
     """Return the command line of kube-scheduler; it serves no port of its own."""
-    flags = {"kubeconfig": kubeconfig, "secure-port": 0, "leader-elect": "false"}
+    flags = {
+        "kubeconfig": kubeconfig,
+        "secure-port": 0,
+        "leader-elect": "false",
+        "kube-api-qps": 500,
+        "kube-api-burst": 500,
+    }
     return [binary, *_flags(flags)]
 
 

@@ -1,0 +1,222 @@
+"""Whatever goes wrong in a whole life, it ends as the undisturbed one does.
+
+Each scenario is a life in its own namespace: create, shard, serve, scale and roll, shard
+anew, roll, delete. Lives mostly wait for Kubernetes, so all of them are lived at the same
+time, once, and each test looks at one. Afterwards there have to be the same children with
+the same specs and the same status; over the whole life the same Jobs, Deployments, Services
+and ReplicaSets, each made once; and after the deletion nothing.
+
+HEADRACE_FAULTS=all adds a life for each of the first 160 calls, killed there before and after
+the API server has acted.
+"""
+
+import asyncio
+import itertools
+import os
+import random
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from faults.life import Kube, Life, Operator, Outcome, Scenario, live
+from faults.proxy import HANGING, LOST, REFUSED, Harm, Request
+from headrace_operator.cluster import api
+
+pytestmark = pytest.mark.cluster
+ALL = os.environ.get("HEADRACE_FAULTS") == "all"
+SAMPLED_WRITES = range(4, 44, 13)
+ALL_CALLS = range(160)
+TOGETHER = 24
+SEED = 20261124
+Events = Callable[[Operator, Request, Any], list[Any]]
+
+
+def killed_at(number: int, *, before: bool) -> Scenario:
+    """Killed at the numbered call, once."""
+
+    def harm(operator: Operator, request: Request) -> Harm | None:
+        if request.number != number or operator.starts > 1:
+            return None
+        operator.die()
+        return REFUSED if before else LOST
+
+    return Scenario(harm)
+
+
+def killed_at_write(number: int) -> Scenario:
+    def harm(operator: Operator, request: Request) -> Harm | None:
+        if request.write != number or operator.starts > 1:
+            return None
+        return Harm(pass_on=True, unless=operator.die)
+
+    return Scenario(harm)
+
+
+def killed_after_every_write() -> Scenario:
+    """No operator outlives its first write that succeeds."""
+
+    def harm(operator: Operator, request: Request) -> Harm | None:
+        if request.write is None:
+            return None
+        return Harm(pass_on=True, unless=lambda status: status >= 300 or operator.die())
+
+    return Scenario(harm)
+
+
+def killed_ever_later() -> Scenario:
+    """The first operator dies of its first call, the second of its second, and so on."""
+
+    def harm(operator: Operator, request: Request) -> Harm | None:
+        if request.number - operator.first_request + 1 < operator.starts:
+            return None
+        operator.die()
+        return LOST
+
+    return Scenario(harm)
+
+
+def every(count: int, harm: Harm, *, writes: bool = False, reads: bool = False) -> Scenario:
+    """Every so many calls, of any kind but watches, go wrong."""
+
+    def choose(_: Operator, request: Request) -> Harm | None:
+        if writes and request.write is None:
+            return None
+        if request.is_watch or (reads and request.write is not None):
+            return None
+        counted = request.write if writes else request.number
+        return harm if counted is not None and counted % count == count - 1 else None
+
+    return Scenario(choose)
+
+
+def watches(harm: Harm) -> Scenario:
+    """Every other watch is refused."""
+    return Scenario(lambda _, r: harm if r.is_watch and r.number % 2 else None)
+
+
+def dropped() -> Events:
+    return lambda _o, _r, event: [] if random.random() < 0.5 else [event]
+
+
+def reordered() -> Events:
+    held: dict[int, list[Any]] = {}
+
+    def shuffle(operator: Operator, request: Request, event: Any) -> list[Any]:
+        kept = held.setdefault(hash((id(operator), request.number)), [])
+        kept.append(event)
+        if len(kept) < 3:
+            return []
+        random.shuffle(kept)
+        return [kept.pop(), kept.pop()]
+
+    return shuffle
+
+
+def expired_in_the_stream(_: Operator, request: Request, event: Any) -> list[Any]:
+    if random.random() < 0.7:
+        return [event]
+    gone = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}
+    return [{"type": "ERROR", "object": gone}]
+
+
+async def cut(operator: Operator) -> None:
+    while True:
+        await asyncio.sleep(0.4)
+        operator.proxy.cut()
+
+
+def stepping_clock() -> Callable[[], datetime]:
+    """A clock that is an hour ahead and an hour behind in turns."""
+    hours = itertools.cycle((1, -1, 0))
+    return lambda: datetime.now(UTC) + timedelta(hours=next(hours))
+
+
+UNDISTURBED = "undisturbed"
+SCENARIOS: Mapping[str, Scenario] = {
+    UNDISTURBED: Scenario(),
+    "killed-after-every-write": killed_after_every_write(),
+    "killed-ever-later": killed_ever_later(),
+    **{f"killed-at-write-{n}": killed_at_write(n) for n in SAMPLED_WRITES},
+    "conflict": every(3, Harm(status=409), writes=True),
+    "too-many-requests": every(4, Harm(status=429, headers=(("Retry-After", "1"),))),
+    "server-error": every(4, Harm(status=500)),
+    "server-error-after-the-act": every(3, Harm(pass_on=True, status=500), writes=True),
+    "gateway-timeout-after-the-act": every(3, Harm(pass_on=True, status=504), writes=True),
+    "connection-refused": every(4, REFUSED),
+    "answer-lost": every(3, LOST, writes=True),
+    "no-answer-in-time": every(12, HANGING),
+    "listing-expired": every(3, Harm(status=410, message="too old"), reads=True),
+    "watch-expired": watches(Harm(status=410, message="too old")),
+    "watch-refused": watches(Harm(status=500)),
+    "watch-forgotten": Scenario(events=expired_in_the_stream),
+    "watches-cut": Scenario(meanwhile=cut),
+    "events-lost": Scenario(events=dropped(), period=2.0),
+    "events-all-lost": Scenario(events=lambda *_: [], period=1.0),
+    "events-twice": Scenario(events=lambda _o, _r, event: [event, event]),
+    "events-reordered": Scenario(events=reordered(), period=2.0),
+    "clock-steps": Scenario(clock=stepping_clock()),
+    "two-operators": Scenario(operators=2),
+}
+EXHAUSTIVE = {
+    f"killed-{'before' if before else 'after'}-call-{n}": killed_at(n, before=before)
+    for n in ALL_CALLS
+    for before in (True, False)
+}
+LIVES = {**SCENARIOS, **(EXHAUSTIVE if ALL else {})}
+
+
+async def live_all(cluster: Any, token: str) -> dict[str, Outcome]:
+    gate = asyncio.Semaphore(TOGETHER if ALL else len(LIVES))
+    async with Kube(cluster) as kube:
+
+        async def one(name: str, scenario: Scenario) -> Outcome:
+            async with gate:
+                return await live(kube, token, name, scenario)
+
+        outcomes = await asyncio.gather(*(one(n, s) for n, s in LIVES.items()))
+    return dict(zip(LIVES, outcomes, strict=True))
+
+
+@pytest.fixture(scope="module")
+def outcomes(cluster: Any, token: str) -> dict[str, Outcome]:
+    """Live all lives, with requests that wait for 5 s at most."""
+    random.seed(SEED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "REQUEST_TIMEOUT_SECONDS", 5.0)
+        return asyncio.run(live_all(cluster, token))
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_the_end_is_the_same(name: str, outcomes: dict[str, Outcome]) -> None:
+    outcome, undisturbed = outcomes[name], outcomes[UNDISTURBED].life
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.life.snapshot == undisturbed.snapshot
+    assert outcome.life.made == undisturbed.made
+
+
+def test_the_disturbances_took_place(outcomes: dict[str, Outcome]) -> None:
+    starts = {name: outcome.operators[0].starts for name, outcome in outcomes.items()}
+    for name in SCENARIOS:
+        if name.startswith("killed-at"):
+            assert starts[name] == 2, name
+    assert starts["killed-after-every-write"] > 30
+    assert starts["killed-ever-later"] > 8
+    assert starts[UNDISTURBED] == 1
+    requests = outcomes[UNDISTURBED].operators[0].proxy.requests
+    assert len({r.write for r in requests}) > len(SAMPLED_WRITES)
+
+
+def test_an_undisturbed_life_is_as_described(outcomes: dict[str, Outcome]) -> None:
+    life: Life = outcomes[UNDISTURBED].life
+    kinds = [kind for kind, _ in life.made]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "Job": 2,
+        "Deployment": 1,
+        "Service": 1,
+        "ReplicaSet": 3,
+    }
+    assert len(life.snapshot["Job"]) == 1
+    assert len(life.snapshot["Pod"]) == 2

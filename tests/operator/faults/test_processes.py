@@ -1,0 +1,87 @@
+"""The operator as a process, with kopf: SIGKILL at each stage, API server and etcd killed.
+
+One life; at each of its stages something dies and comes back. It has to end as a life that
+nothing happened to does.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.life import Kube, Life
+
+pytestmark = pytest.mark.cluster
+BACK_SECONDS = 2.0
+
+
+class Stages(Life):
+    """A life that calls `before` as each stage begins."""
+
+    before: Callable[[str], Any]
+
+    async def ready(self, generation: int) -> None:
+        await self.before(f"generation {generation}")
+        await super().ready(generation)
+
+    async def gone(self) -> None:
+        await self.before("deletion")
+        await super().gone()
+
+
+@pytest.fixture
+def process(cluster: Any, tmp_path: Path, conftest_of_cluster: Any) -> Any:
+    kubeconfig = conftest_of_cluster.token_kubeconfig(cluster, tmp_path / "kubeconfig")
+    operator = conftest_of_cluster.Operator(kubeconfig, tmp_path / "operator.log")
+    operator.start()
+    yield operator
+    if operator.process is not None:
+        operator.stop()
+
+
+@pytest.fixture
+async def kube(cluster: Any) -> AsyncIterator[Kube]:
+    async with Kube(cluster) as client:
+        yield client
+
+
+async def test_a_life_in_which_everything_dies_once(process: Any, kube: Kube) -> None:
+    quiet = Stages(kube, "quiet")
+    quiet.before = _nothing
+    await quiet.prepare()
+    await quiet.run()
+
+    async def kill(stage: str) -> None:
+        victim = {
+            "generation 1": "operator",
+            "generation 2": "kube-apiserver",
+            "generation 3": "etcd",
+            "deletion": "operator",
+        }[stage]
+        await asyncio.to_thread(_kill_and_bring_back, victim, process, kube)
+
+    disturbed = Stages(kube, "disturbed")
+    disturbed.before = kill
+    await disturbed.prepare()
+    await disturbed.run()
+    assert disturbed.snapshot == quiet.snapshot
+    assert disturbed.made == quiet.made
+    assert process.process.poll() is None
+    errors = [e for e in process.entries() if e["level"] == "error"]
+    assert not errors, errors[:3]
+
+
+async def _nothing(_: str) -> None:
+    return
+
+
+def _kill_and_bring_back(victim: str, process: Any, kube: Kube) -> None:
+    if victim == "operator":
+        process.stop(signal.SIGKILL)
+        process.start()
+        return
+    command = kube.cluster.kill(victim)
+    kube.cluster.start(victim, command)

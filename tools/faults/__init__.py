@@ -1,0 +1,1 @@
+"""Faults between the operator and the API server, for the fault suite."""
