@@ -260,9 +260,39 @@ def test_each_namespace_gets_a_role_and_the_cluster_no_rights_on_pods(render):
         binding = objects["RoleBinding", "headrace", namespace]
         assert binding["roleRef"]["kind"] == "Role"
         assert objects["Role", "headrace", namespace]["rules"]
-    assert cluster_wide(objects) == {"persistentvolumes", "nodes"}
+    assert cluster_wide(objects) == {
+        "persistentvolumes",
+        "storageclasses",
+        "nodes",
+        "deviceclasses",
+    }
     without = sets("watchNamespaces={team,other}", "rbac.clusterResources=false")
     assert cluster_wide(render(*without)) == set()
+
+
+def rights(objects, resource):
+    rules = objects["ClusterRole", "headrace-cluster"]["rules"]
+    return {verb for rule in rules if resource in rule["resources"] for verb in rule["verbs"]}
+
+
+def test_volumes_are_made_only_where_static_ones_are_allowed(render):
+    objects = render()
+    assert rights(objects, "persistentvolumes") == {"list"}
+    assert rights(objects, "storageclasses") == {"get"}
+    assert "HEADRACE_STATIC_VOLUMES" not in environment(objects)
+    allowed = {"team-a": ["fs-0123456789abcdef0/team-a"], "*": ["fs-01234567"]}
+    objects = render("--set-json", f"staticVolumes={json.dumps(allowed)}")
+    verbs = {"list", "get", "create", "patch", "delete"}
+    assert rights(objects, "persistentvolumes") == verbs
+    assert json.loads(environment(objects)["HEADRACE_STATIC_VOLUMES"]) == allowed
+
+
+@pytest.mark.parametrize("entry", ["vol-1", "fs-0123456/../x", "fs-01234567/.."])
+def test_a_static_volume_that_is_no_file_system_is_refused(helm, entry):
+    value = json.dumps({"team-a": [entry]})
+    result = helm("template", "headrace", CHART, "--set-json", f"staticVolumes={value}")
+    assert result.returncode != 0
+    assert "staticVolumes" in result.stderr
 
 
 @pytest.mark.parametrize(

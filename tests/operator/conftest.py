@@ -46,10 +46,16 @@ def model_deployment(spec: dict[str, Any] | None = None, **status: Any) -> dict[
 
 
 def claim(name: str = "weights", phase: str = "Bound", **spec: Any) -> dict[str, Any]:
+    """A claim; tiny-weights is the one that is made for the ModelDeployment tiny."""
+    made, volume = {}, "pv"
+    if name == "tiny-weights":
+        owner = {"uid": "uid-cr", "controller": True}
+        made = {"labels": labels(model_deployment()), "ownerReferences": [owner]}
+        volume = "ns.tiny-weights"
     return {
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": name, "namespace": "ns", "uid": f"uid-{name}"},
-        "spec": {"accessModes": ["ReadWriteMany"], "volumeName": "pv", **spec},
+        "metadata": {"name": name, "namespace": "ns", "uid": f"uid-{name}", **made},
+        "spec": {"accessModes": ["ReadWriteMany"], "volumeName": volume, **spec},
         "status": {"phase": phase},
     }
 

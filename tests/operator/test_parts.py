@@ -42,6 +42,10 @@ def test_namespaces_are_listed() -> None:
         ("HEADRACE_LIVENESS_PORT", "http", '"http"'),
         ("HEADRACE_LIVENESS_PORT", "²", "1 to 65535"),
         ("HEADRACE_WATCH_NAMESPACES", "a,Team_B", '"Team_B"'),
+        ("HEADRACE_STATIC_VOLUMES", "fs-01234567", "JSON object of lists"),
+        ("HEADRACE_STATIC_VOLUMES", '["fs-01234567"]', "JSON object of lists"),
+        ("HEADRACE_STATIC_VOLUMES", '{"a": "fs-01234567"}', "JSON object of lists"),
+        ("HEADRACE_STATIC_VOLUMES", '{"a": [1]}', "JSON object of lists"),
     ],
 )
 def test_wrong_settings_are_named(variable: str, value: str, fragment: str) -> None:

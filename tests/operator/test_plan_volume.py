@@ -151,7 +151,9 @@ def test_the_reclaim_policy_is_said_twice(
 def provisioned(build: SimpleNamespace, phase: str = "Bound", **spec: Any) -> Any:
     requests = {"resources": {"requests": {"storage": "4800Gi"}}}
     fields = {"storageClassName": "fast", **requests, **spec}
-    return build.claim("tiny-weights", phase, **fields)
+    made = build.claim("tiny-weights", phase, **fields)
+    del made["metadata"]["ownerReferences"]  # it is to outlive the ModelDeployment
+    return made
 
 
 def test_a_provisioned_claim_is_never_made_again(build: SimpleNamespace) -> None:
@@ -182,6 +184,37 @@ def test_a_changed_request_does_not_touch_the_claim(build: SimpleNamespace, chan
     assert volume_ready(result)["reason"] == "ClaimDiffers"
     assert result.delete == ()
     assert "Job" in kinds(result)  # the claim is what it was, and serves
+
+
+@pytest.mark.parametrize(
+    ("volume", "metadata", "is_ours"),
+    [
+        ({"static": STATIC}, {}, True),
+        ({"static": STATIC}, {"ownerReferences": None}, False),
+        ({"static": STATIC}, {"ownerReferences": [{"uid": "x", "controller": True}]}, False),
+        ({"dynamic": DYNAMIC}, {"ownerReferences": None}, True),
+        ({"dynamic": DYNAMIC}, {}, False),
+        ({"dynamic": DYNAMIC}, {"ownerReferences": None, "labels": {}}, False),
+        ({"dynamic": {**DYNAMIC, "reclaimPolicy": "Delete"}}, {}, True),
+        ({"existingClaim": {"name": "tiny-weights"}}, {"ownerReferences": None}, True),
+    ],
+)
+def test_no_pod_mounts_a_claim_of_someone_else(
+    build: SimpleNamespace, volume: Any, metadata: Any, is_ours: bool
+) -> None:
+    claim = build.claim("tiny-weights")
+    claim["metadata"] = {
+        k: v for k, v in {**claim["metadata"], **metadata}.items() if v is not None
+    }
+    world = Observed(claim=claim, source_claim=build.claim("models"))
+    result = build.plan(of(build, **volume), world)
+    assert ("Job" in kinds(result)) is is_ours
+    assert ("claimUID" in result.status["status"]["volume"]) is is_ours
+
+
+def test_a_claim_of_another_volume_is_not_taken_for_the_static_one(build: SimpleNamespace) -> None:
+    world = Observed(claim=build.claim("tiny-weights", volumeName="pvc-1"))
+    assert volume_ready(build.plan(of(build, static=STATIC), world))["reason"] == "ClaimDiffers"
 
 
 FAILED = "failed to provision volume with StorageClass fast: rpc error: code = "

@@ -122,8 +122,8 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
         return _plan_of_deleted(resource, spec, observed, settings)
     if isinstance(spec, ValidationError):
         return _plan_of_invalid(resource, spec, now)
-    claim = claim_name(resource, spec)
     volume = plan_volume(resource, spec, observed, settings)
+    claim = volume.claim
     denied = refused_overrides(spec, settings)
     if denied is None:
         checkpoint = plan_checkpoint(resource, spec, claim, observed, settings)

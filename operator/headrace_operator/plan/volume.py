@@ -20,7 +20,16 @@ from headrace_operator.plan.names import (
     labels,
     metadata,
 )
-from headrace_operator.plan.objects import Object, at, is_deleting, mapping, name_of, text, uid_of
+from headrace_operator.plan.objects import (
+    Object,
+    at,
+    controller_uid,
+    is_deleting,
+    mapping,
+    name_of,
+    text,
+    uid_of,
+)
 from headrace_operator.plan.provisioning import of_warning
 from headrace_operator.plan.world import Deletion, Desired, Observed, Settings
 
@@ -30,11 +39,12 @@ _ANY = "*"
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """What to do about the volume, and how far it is."""
+    """What to do about the volume, and how far it is; `claim` is what pods may mount."""
 
     draft: Draft
     apply: tuple[Desired, ...] = ()
     delete: tuple[Deletion, ...] = ()
+    claim: str | None = None
     status: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,8 +72,9 @@ def plan_volume(
         planned = Volume(_state(owner, spec, observed))
     rejection = observed.rejection("PersistentVolume", "PersistentVolumeClaim")
     draft = planned.draft if rejection is None else of_rejection(rejection)
-    status = _status(owner, spec, observed)
-    return Volume(draft, planned.apply, planned.delete, status)
+    claim = claim_name(owner, spec) if _is_ours(owner, spec, observed.claim) else None
+    status = _status(owner, spec, observed, is_ours=claim is not None)
+    return Volume(draft, planned.apply, planned.delete, claim, status)
 
 
 def _plan_static(
@@ -84,6 +95,13 @@ def _plan_static(
         stale = Deletion("PersistentVolume", name_of(volume), None, uid_of(volume))
         return Volume(draft, delete=(stale,))
     draft = _of_claim(name, observed) or _creating(name)
+    bound = text(observed.claim, "spec", "volumeName")
+    if bound not in ("", volume_name(owner)):
+        draft = problem(
+            "ClaimDiffers",
+            f"spec.volume.static: claim {name} was made for volume {bound}, before the spec "
+            "changed; undo the change, or use another ModelDeployment",
+        )
     if draft.holds and _is_labelled(owner, volume) and not _is_same(volume, wanted):
         draft = problem(
             "VolumeDiffers",
@@ -224,10 +242,8 @@ def is_usable(observed: Observed) -> bool:
     A pending claim is usable: its StorageClass may wait for the first pod before it binds.
     """
     claim = observed.claim
-    is_foreign = observed.rejection("PersistentVolumeClaim") is not None
     return (
         claim is not None
-        and not is_foreign
         and not is_deleting(claim)
         and text(claim, "status", "phase") != "Lost"
         and _is_writable(claim)
@@ -330,11 +346,26 @@ def _is_labelled(owner: Object, volume: Object | None) -> bool:
     return all(found.get(key) == value for key, value in _volume_labels(owner).items())
 
 
-def _status(owner: Object, spec: ModelDeploymentSpec, observed: Observed) -> dict[str, str]:
+def _is_ours(owner: Object, spec: ModelDeploymentSpec, claim: Object | None) -> bool:
+    """Whether pods may mount the claim: one of the user's, or one that was made for this owner."""
+    dynamic = spec.volume.dynamic
+    if claim is None or spec.volume.existing_claim is not None:
+        return True
+    if dynamic is not None and dynamic.reclaim_policy == "Retain":
+        found = mapping(claim, "metadata", "labels")
+        has_labels = all(found.get(key) == value for key, value in labels(owner).items())
+        return has_labels and not controller_uid(claim)
+    return controller_uid(claim) == uid_of(owner)
+
+
+def _status(
+    owner: Object, spec: ModelDeploymentSpec, observed: Observed, *, is_ours: bool
+) -> dict[str, str]:
     """Return the volume's part of the status; a provisioned claim is remembered by its UID."""
     name = claim_name(owner, spec)
-    uid = uid_of(observed.claim) or (_known_uid(owner, name) if spec.volume.dynamic else "")
-    bound = text(observed.claim, "spec", "volumeName")
+    claim = observed.claim if is_ours else None
+    uid = uid_of(claim) or (_known_uid(owner, name) if spec.volume.dynamic else "")
+    bound = text(claim, "spec", "volumeName")
     found = {"claimName": name, "claimUID": uid, "volumeName": bound}
     return {key: value for key, value in found.items() if value}
 

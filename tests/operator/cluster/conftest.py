@@ -58,6 +58,8 @@ class RefusedError(Exception):
 class Kube:
     """The administrator's client."""
 
+    Refused = RefusedError
+
     def __init__(self, cluster: Cluster) -> None:
         context = ssl.create_default_context(cafile=str(cluster.authority))
         context.load_cert_chain(cluster.admin.certificate, cluster.admin.key)

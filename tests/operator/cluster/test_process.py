@@ -22,6 +22,7 @@ from headrace_operator.cluster.kinds import (
     WATCHED,
 )
 from headrace_operator.cluster.store import Store
+from headrace_operator.errors import NamespaceTerminating
 from headrace_operator.handlers import watch
 from headrace_operator.health import Health
 from headrace_operator.queue import WorkQueue
@@ -247,6 +248,15 @@ async def test_a_watch_that_delivers_nothing_is_noticed(
     # Children that other tests left behind may be listed as well.
     missed = "watch of modeldeployments: the watch does not deliver what listings show"
     assert missed in health.problems()
+
+
+async def test_a_namespace_that_is_gone_is_as_good_as_terminating(
+    administrator: None, kube: Any
+) -> None:
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+    async with connect() as connection:
+        with pytest.raises(NamespaceTerminating):
+            await connection.api.apply(claim | {"metadata": {"name": "x", "namespace": "absent"}})
 
 
 def test_without_the_crd_it_says_so_and_ends(without_crd: Any) -> None:
