@@ -30,7 +30,7 @@ class _JsonLines(logging.Handler):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the loader until it is told to stop; returns the exit code."""
-    options = _options(_parser().parse_args(arguments))
+    options = _options(_parsed(arguments))
     logging.basicConfig(level=logging.INFO, handlers=[_JsonLines()])
     try:
         Supervisor(options).run()
@@ -49,6 +49,17 @@ def _failed(error: LoaderError) -> int:
     return error.exit_code
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    size, nodes, node = parsed.tensor_parallel_size, parsed.nodes, parsed.node_rank
+    if size % nodes:
+        parser.error(f"--nodes: {nodes}: must divide --tensor-parallel-size {size}; change one")
+    if not 0 <= node < nodes:
+        parser.error(f"--node-rank: {node}: must be from 0 to {nodes - 1}, as there are {nodes}")
+    return parsed
+
+
 def _options(parsed: argparse.Namespace) -> Options:
     return Options(
         checkpoint=parsed.checkpoint,
@@ -60,6 +71,8 @@ def _options(parsed: argparse.Namespace) -> Options:
         port=parsed.port,
         plugin_directory=parsed.plugin_dir,
         read_threads=parsed.read_threads,
+        nodes=parsed.nodes,
+        node_rank=parsed.node_rank,
         engine_cache=_engine_cache(parsed),
     )
 
@@ -83,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="directory of the checkpoint")
     add("--tensor-parallel-size", type=_bounded(_MAX_RANKS), default=1, help="ranks to load")
+    add("--nodes", type=_bounded(_MAX_RANKS), default=1, help="nodes that share the ranks")
+    add("--node-rank", type=int, default=0, help="this node, from 0: holds its part of the ranks")
     add("--backend", choices=BACKENDS, required=True, help="memory that holds the weights")
     policies = [str(policy) for policy in PathPolicy]
     add("--path", choices=policies, default="Prefer", help="policy for GPUDirect Storage")

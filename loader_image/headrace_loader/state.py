@@ -88,6 +88,8 @@ class Settings:
     backend: str
     policy: PathPolicy
     tensor_parallel_size: int
+    ranks: range = range(1)
+    """The ranks this loader holds: all, or those of its node."""
 
 
 @dataclass(slots=True)

@@ -65,6 +65,14 @@ class Options:
     plugin_directory: Path | None
     read_threads: int
     engine_cache: EngineCacheOptions | None = None
+    nodes: int = 1
+    node_rank: int = 0
+
+    @property
+    def ranks(self) -> range:
+        """The ranks to hold; each node of a replica has as many, in the order of the nodes."""
+        count = self.tensor_parallel_size // self.nodes
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
 
 
 class Stop:
@@ -95,7 +103,7 @@ class Supervisor:
         self._held: list[int] = []
         self._kept = ExitStack()
         self._state = LoaderState(
-            Settings(options.backend, options.policy, options.tensor_parallel_size),
+            Settings(options.backend, options.policy, options.tensor_parallel_size, options.ranks),
             system.process_start_time(),
         )
         cache = options.engine_cache
@@ -167,7 +175,7 @@ class Supervisor:
         check_ranks(checkpoint, self._options.tensor_parallel_size)
         with self._state.changing():
             self._state.checkpoint = checkpoint
-            self._state.ranks = _rank_states(checkpoint)
+            self._state.ranks = _rank_states(checkpoint, self._options.ranks)
             self._state.mark("manifestRead")
         total = self._state.total_bytes
         log("manifest-read", totalBytes=total, ranks=len(self._state.ranks))
@@ -236,10 +244,10 @@ class Supervisor:
     def _start_workers(self) -> _Load:
         options = self._options
         told = WorkerOptions(options.backend, options.policy, options.read_threads)
-        ranks = range(options.tensor_parallel_size)
+        ranks = options.ranks
         load = _Load([], set(ranks), set(ranks))
-        for rank in ranks:
-            load.workers.append(WorkerProcess(rank, told, self._news.put))
+        for device, rank in enumerate(ranks):
+            load.workers.append(WorkerProcess(rank, device, told, self._news.put))
         return load
 
     def _drain(self) -> None:
@@ -255,7 +263,8 @@ class Supervisor:
             self._news.put(stop)
 
     def _take(self, news: WorkerNews, load: _Load, checkpoint: Checkpoint, lease: Lease) -> None:
-        rank = self._state.ranks[news.rank]
+        index = news.rank - self._options.ranks.start
+        rank = self._state.ranks[index]
         if isinstance(news, WorkerEnded):
             if rank.rank in load.missing:
                 raise _died(news, load)
@@ -270,7 +279,7 @@ class Supervisor:
             ready = _ready(rank.rank, checkpoint, message, load.tensors[rank.rank])
             self._hold(rank, ready, message.verified_at, news.descriptors, lease)
             load.missing.discard(rank.rank)
-            load.workers[rank.rank].kill()
+            load.workers[index].kill()
             return
         with self._state.changing():
             if isinstance(message, PathChosen):
@@ -329,11 +338,11 @@ def _died(ended: WorkerEnded, load: _Load) -> LoaderError:
     return InternalError(f"rank {ended.rank}: the worker ended without a word ({how})")
 
 
-def _rank_states(checkpoint: Checkpoint) -> list[RankState]:
+def _rank_states(checkpoint: Checkpoint, ranks: range) -> list[RankState]:
     manifest = checkpoint.manifest
     return [
         RankState(rank, sum(part.data_bytes for part in manifest.rank_parts(rank)))
-        for rank in range(manifest.parallelism.ranks)
+        for rank in ranks
     ]
 
 

@@ -16,18 +16,19 @@ class ResidentWeights:
     def answer(self, request: Request) -> Loading | Offer | Failure:
         """Return the weights, how far they are, or why they cannot be had."""
         state = self._state
-        size = state.settings.tensor_parallel_size
-        if request.rank >= size:
+        settings, held = state.settings, state.settings.ranks
+        if request.rank not in held:
             return Failure(
                 "RankUnknown",
-                f"rank {request.rank}: the loader holds ranks 0 to {size - 1}; start the engine "
-                f"with --tensor-parallel-size {size}",
+                f"rank {request.rank}: the loader holds ranks {held[0]} to {held[-1]}; start the "
+                f"engine with --tensor-parallel-size {settings.tensor_parallel_size}, and on this "
+                "node if there are several",
             )
         with state.reading():
             if state.phase is Phase.FAILED:
                 return Failure(state.reason, state.message)
             if state.phase is Phase.READY:
-                return _offer(state.ranks[request.rank], request)
+                return _offer(state.ranks[held.index(request.rank)], request)
             return Loading(state.read_bytes, state.total_bytes, state.message)
 
     def wait(self, seconds: float) -> None:

@@ -50,11 +50,12 @@ WorkerNews = WorkerEvent | WorkerEnded
 class WorkerProcess:
     """One worker. Its news go to the function `news`, the last of them WorkerEnded.
 
-    It opens its device at once and waits for what to load.
+    It opens its device, counted from 0 in the pod, at once and waits for what to load. It knows
+    its rank on this node only; `rank` is that of the whole replica.
     """
 
     def __init__(
-        self, rank: int, options: WorkerOptions, news: Callable[[WorkerNews], None]
+        self, rank: int, device: int, options: WorkerOptions, news: Callable[[WorkerNews], None]
     ) -> None:
         self.rank = rank
         self._news = news
@@ -63,7 +64,7 @@ class WorkerProcess:
         self._plan = os.fdopen(writing, "wb")
         with theirs, os.fdopen(reading) as stdin:
             self._process = subprocess.Popen(
-                _command(rank, options, theirs.fileno()),
+                _command(device, options, theirs.fileno()),
                 stdin=stdin,
                 pass_fds=(theirs.fileno(),),
             )
@@ -114,13 +115,13 @@ class WorkerProcess:
             self._news(WorkerEvent(self.rank, message, descriptors))
 
 
-def _command(rank: int, options: WorkerOptions, descriptor: int) -> Sequence[str]:
+def _command(device: int, options: WorkerOptions, descriptor: int) -> Sequence[str]:
     return [
         sys.executable,
         "-m",
         "headrace_loader.worker",
         f"--socket={descriptor}",
-        f"--rank={rank}",
+        f"--rank={device}",
         f"--backend={options.backend}",
         f"--path={options.policy}",
         f"--read-threads={options.read_threads}",

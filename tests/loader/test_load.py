@@ -13,6 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace_handover import attach
+from headrace_handover.errors import HandoverError
+from headrace_loader.__main__ import main
 
 TWO_PARTS = (
     (("a", "F32", (5000,)), ("b", "BF16", (3000,))),
@@ -43,6 +45,37 @@ def test_every_rank_and_part_equals_its_file(
                     assert not any(memory[part.data_bytes :])
                 names = [(tensor.name, tensor.offset) for tensor in item.region.tensors]
                 assert names == [(entry.name, entry.offset) for entry in part.tensors]
+
+
+def test_a_node_of_several_holds_its_own_ranks(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    directory = tmp_path / "checkpoint"
+    manifest = support.make_checkpoint(directory, ranks=4)
+    loader = start_loader(
+        directory, "--tensor-parallel-size", "4", "--nodes", "2", "--node-rank", "1"
+    )
+    loader.until_phase("Ready")
+    for rank in (2, 3):
+        (part,) = manifest.rank_parts(rank)
+        with attach(loader.socket, rank=rank, device="host", timeout=10) as attachment:
+            (item,) = attachment.regions
+            with mapped(item) as memory:
+                assert memory[: part.data_bytes] == support.part_data(directory, part)
+    with pytest.raises(HandoverError, match="holds ranks 2 to 3"):
+        attach(loader.socket, rank=1, device="host", timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "node", "said"), [("3", "0", "must divide"), ("2", "2", "from 0 to 1")]
+)
+def test_nodes_that_share_no_ranks_evenly_are_refused(
+    capsys: pytest.CaptureFixture[str], nodes: str, node: str, said: str
+) -> None:
+    arguments = ["--checkpoint", "x", "--backend", "host", "--tensor-parallel-size", "4"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--nodes", nodes, "--node-rank", node])
+    assert said in capsys.readouterr().err
 
 
 def test_memory_is_sealed(support: Any, start_loader: Callable[..., Any], tmp_path: Path) -> None:

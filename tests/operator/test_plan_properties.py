@@ -27,6 +27,11 @@ NAMES = ["loader", "engine", "shard", "Unschedulable"]
 WORDS = st.sampled_from([*STATUSES, *REASONS, *NAMES])
 TIMES = st.sampled_from(["2026-11-24T11:00:00Z", "2026-11-24T12:00:01+14:00", "no time", ""])
 TERMINATION = '{"reason":"NoSpaceOnVolume","message":"full","totalBytes":7}'
+PROGRESS_FAILED = {
+    "type": "Progressing",
+    "status": "False",
+    "reason": "ProgressDeadlineExceeded",
+}
 BROKEN = ["", "plain", '{"reason":1}', '{"reason":"bad reason"}', "[" * 5000, "{" * 30]
 MESSAGES = st.sampled_from([TERMINATION, *BROKEN])
 
@@ -49,7 +54,15 @@ CONTAINER = loose(
 )
 CONDITION = loose(
     type=st.sampled_from(
-        ["PodScheduled", "Ready", "Complete", "Failed", "Suspended", "ReplicaFailure"]
+        [
+            "PodScheduled",
+            "Ready",
+            "Complete",
+            "Failed",
+            "Suspended",
+            "ReplicaFailure",
+            "Progressing",
+        ]
         + [str(kind) for kind in ConditionType]
     ),
     status=WORDS,
@@ -87,13 +100,22 @@ def worlds(draw: st.DrawFn, build: SimpleNamespace, resource: Any) -> Observed:
         generation=st.integers(0, 3),
         labels=loose(**{"app.kubernetes.io/component": component}),
         annotations=loose(
-            **{"headrace.dev/spec-hash": WORDS, "headrace.dev/template-version": WORDS}
+            **{
+                "headrace.dev/spec-hash": WORDS,
+                "headrace.dev/stable-spec-hash": WORDS,
+                "headrace.dev/rolled-back-spec-hash": WORDS,
+                "headrace.dev/template-version": WORDS,
+            }
         ),
     )
     anything = loose(metadata=metadata, spec=JUNK, status=STATUS)
     jobs = [build.done(resource), build.job(resource, build.condition("Failed"))]
     job = st.sampled_from(jobs) | anything
-    deployment = st.just(build.deployment(build.resource())) | anything
+    current = build.deployment(build.resource())
+    failed = copy.deepcopy(current)
+    failed["status"]["conditions"] = [PROGRESS_FAILED]
+    failed["metadata"]["annotations"]["headrace.dev/stable-spec-hash"] = "True"
+    deployment = st.sampled_from([current, failed]) | anything
     claims = st.none() | st.just(build.claim()) | anything
     reason = st.sampled_from(["Invalid", "NameConflict", "Forbidden"])
     rejection = st.builds(Rejection, st.sampled_from(KINDS), WORDS, reason, st.text(max_size=9))
@@ -103,12 +125,16 @@ def worlds(draw: st.DrawFn, build: SimpleNamespace, resource: Any) -> Observed:
         volume=draw(st.none() | anything),
         jobs=tuple(draw(st.lists(job, max_size=3))),
         deployment=draw(st.none() | deployment),
+        replica_sets=tuple(draw(st.lists(anything, max_size=2))),
+        disruption_budget=draw(st.none() | anything),
         service=draw(st.none() | anything),
         claims=tuple(draw(st.lists(anything, max_size=2))),
         claim_templates=tuple(draw(st.lists(anything, max_size=2))),
         pods=tuple(draw(st.lists(anything, max_size=3))),
         gpus_of_nodes=draw(st.none() | st.frozensets(st.integers(1, 8))),
         dra_served=draw(st.none() | st.booleans()),
+        device_classes=draw(st.none() | st.frozensets(WORDS)),
+        groups_served=draw(st.none() | st.booleans()),
         warnings=draw(st.dictionaries(WORDS, anything | loose(reason=WORDS, message=MESSAGES))),
         rejections=tuple(draw(st.lists(rejection, max_size=2))),
     )
@@ -140,6 +166,10 @@ def resources(draw: st.DrawFn, build: SimpleNamespace) -> Any:
                     }
                 },
                 {"model": {"source": "s3://bucket"}},
+                {"parallelism": {"tensorParallelSize": 4, "nodes": 2}, "replicas": 2},
+                {"rollout": {"canary": {"percentage": 50}}, "replicas": 3},
+                {"rollout": {"paused": True, "maxSurge": "50%"}},
+                {"gpu": {"sharing": "None", "preset": "P5en"}},
             ]
         )
     )
@@ -198,7 +228,8 @@ def test_a_template_changes_only_with_the_spec_and_a_published_checkpoint(
     resource = data.draw(resources(build))
     observed = data.draw(worlds(build, resource))
     result = build.plan(resource, observed)
-    rendered = [d.body for d in result.apply if d.body["kind"] == "Deployment"]
+    kinds = {"Deployment", "LeaderWorkerSet"}
+    rendered = [d.body for d in result.apply if d.body["kind"] in kinds]
     live = (observed.deployment or {}).get("metadata")
     annotations = live.get("annotations") if isinstance(live, dict) else None
     pinned = annotations.get("headrace.dev/spec-hash") if isinstance(annotations, dict) else None

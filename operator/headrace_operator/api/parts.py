@@ -36,6 +36,10 @@ _OWNED_ARGS = {
     "(--tensor-parallel-size|-tp)": "set spec.parallelism.tensorParallelSize",
     "(--pipeline-parallel-size|-pp)": "set spec.parallelism.pipelineParallelSize",
     "(--data-parallel-size|-dp)": "set spec.replicas",
+    "(--nnodes|-n)": "set spec.parallelism.nodes",
+    "(--node-rank|-r)": "set spec.parallelism.nodes",
+    "(--master-addr|--master-port)": "set spec.parallelism.nodes",
+    "--headless": "set spec.parallelism.nodes",
     "--host": "the engine listens on all addresses of its pod",
     "--port": "set spec.engine.port",
 }

@@ -47,6 +47,8 @@ class CheckpointStatus(Part):
     """Digest that names the checkpoint."""
     path: str
     """Directory of the checkpoint on the volume."""
+    progress: str | None = None
+    """How far sharding is, in percent."""
     total_bytes: Annotated[int, Field(json_schema_extra={"format": "int64"})] | None = None
     """Bytes of all shards, once published."""
     job: str

@@ -327,6 +327,7 @@ def _status(
             "path": checkpoint_path(spec),
             "job": name_of(checkpoint.job) or job_name(name_of(resource), spec),
             **_shares_done(checkpoint.job),
+            "progress": _sharded(checkpoint),
             **total,
         },
         "volume": volume.status,
@@ -341,6 +342,13 @@ def _shares_done(job: Object | None) -> dict[str, Any]:
         **({"workers": workers} if workers else {}),
         **({"completedIndexes": done} if done else {}),
     }
+
+
+def _sharded(checkpoint: Checkpoint) -> str:
+    """Return the part of the shard Job's pods that are done: one step per pod, so few writes."""
+    job = checkpoint.job
+    done = integer(job, "status", "succeeded") / max(1, integer(job, "spec", "completions"))
+    return "100%" if checkpoint.is_ready else f"{min(99, max(0, int(100 * done)))}%"
 
 
 def _document(

@@ -38,7 +38,7 @@ from headrace_operator.plan.presets import (
     Preset,
 )
 
-VERSION = 2
+VERSION = 3
 LOADER = "loader"
 ENGINE = "engine"
 GPU_RESOURCE = "nvidia.com/gpu"

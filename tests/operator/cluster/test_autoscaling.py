@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 import yaml
 
-from headrace_operator.cluster.kinds import DEPLOYMENT, MODEL_DEPLOYMENT, SERVICE, Kind
+from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, SERVICE, Kind
 from localkube.pki import Authority
 from localkube.sources import source
 
@@ -147,28 +147,6 @@ def test_an_autoscaler_follows_the_queue(
         if "f:replicas" in m.get("fieldsV1", {}).get("f:spec", {})
     }
     assert "headrace-operator" not in managers
-
-
-def test_scale_to_zero_and_back_needs_no_new_checkpoint(
-    operator: Any, world: Any, kubelet: Any, eventually: Any
-) -> None:
-    """What KEDA does: it writes replicas 0 and 1 through the scale subresource."""
-    world.add_claims("weights")
-    world.create()
-    (pod,) = world.wait_pods("shard")
-    kubelet.publish(pod)
-    (pod,) = world.wait_pods("serve", 1)
-    kubelet.serving(pod)
-    world.wait_condition("Ready", "True", "Serving")
-    generation = world.child(DEPLOYMENT, "tiny")["metadata"]["generation"]
-    for replicas, reason in ((0, "ScaledToZero"), (1, "Serving")):
-        changes = {"spec": {"replicas": replicas}}
-        world.kube.patch(MODEL_DEPLOYMENT, "tiny", world.namespace, changes, "scale")
-        for pod in world.wait_pods("serve", replicas):
-            kubelet.serving(pod)
-        world.wait_condition("Ready", "True", reason)
-    assert world.deployment()["metadata"]["generation"] == generation + 2
-    assert len(world.jobs()) == 1
 
 
 def test_the_example_for_keda_fits_kedas_own_definition(

@@ -196,6 +196,34 @@ RULES: list[tuple[dict[str, Any], str, list[str]]] = [
         "spec.pod.labels",
         ['"app.kubernetes.io/component"', "the operator owns"],
     ),
+    *(
+        (
+            {"pod": {"labels": {label: "y"}}},
+            "spec.pod.labels",
+            [f'"{label}"', "controllers find pods"],
+        )
+        for label in ("pod-template-hash", "batch.kubernetes.io/job-name", "job-name")
+    ),
+    (
+        {"pod": {"annotations": {"container.apparmor.security.beta.kubernetes.io/engine": "x"}}},
+        "spec.pod.annotations",
+        ["confinement"],
+    ),
+    (
+        {"parallelism": {"tensorParallelSize": 8, "nodes": 3}},
+        "spec.parallelism.nodes",
+        ["must divide tensorParallelSize"],
+    ),
+    (
+        {"rollout": {"maxUnavailable": "0%"}},
+        "spec.rollout",
+        ["must not both be 0", "set one of them"],
+    ),
+    ({"rollout": {"maxUnavailable": -1}}, "spec.rollout.maxUnavailable", ["number of replicas"]),
+    ({"rollout": {"maxSurge": "101%"}}, "spec.rollout.maxSurge", ['"101%"']),
+    ({"rollout": {"canary": {"percentage": 100}}}, "spec.rollout.canary.percentage", ["99"]),
+    ({"disruptionBudget": {"maxUnavailable": "x"}}, "spec.disruptionBudget", ['"x"']),
+    ({"gpu": {"sharing": "None", "preset": "P5"}}, "spec.gpu.preset", ['"P5"', '"P5en"']),
     ({"pod": {"labels": {"a b": "y"}}}, "spec.pod.labels", ['"a b"', "label key"]),
     ({"pod": {"labels": {"a": "b c"}}}, "spec.pod.labels", ['"a"', "label value"]),
     (
@@ -223,6 +251,10 @@ ARGUMENTS = [
     (["-pp=2"], "-pp=2", "spec.parallelism.pipelineParallelSize"),
     (["--data-parallel-size", "2"], "--data-parallel-size", "spec.replicas"),
     (["--host", "::"], "--host", "all addresses"),
+    (["--nnodes=2"], "--nnodes=2", "spec.parallelism.nodes"),
+    (["-r", "1"], "-r", "spec.parallelism.nodes"),
+    (["--master-addr", "x"], "--master-addr", "spec.parallelism.nodes"),
+    (["--headless"], "--headless", "spec.parallelism.nodes"),
     (["--port\n=1"], None, None),
     (["--port=1"], "--port=1", "spec.engine.port"),
     (["--model-impl", "auto", "--portal", "--dtypes", "-tpx"], None, None),
@@ -261,6 +293,14 @@ def test_a_name_that_the_service_cannot_have_is_refused(world: Any, name: str) -
     assert f'metadata.name: "{name}"' in str(refused.value)
 
 
+def test_a_replica_cannot_spread_over_more_nodes_later(world: Any) -> None:
+    world.create(parallelism={"tensorParallelSize": 4, "nodes": 4})
+    world.change({"spec": {"parallelism": {"nodes": 2}}})
+    with pytest.raises(Exception, match="create a new ModelDeployment") as refused:
+        world.change({"spec": {"parallelism": {"nodes": 1}}})
+    assert "spec.parallelism.nodes" in str(refused.value)
+
+
 def test_a_static_volume_cannot_become_another_one(world: Any) -> None:
     world.create(volume={"static": STATIC})
     with pytest.raises(Exception, match="create a new ModelDeployment") as refused:
@@ -275,6 +315,10 @@ def test_a_static_volume_cannot_become_another_one(world: Any) -> None:
         ({"spec": {"engin": {}}}, "spec.engin"),
         ({"spec": {"engine": {"image": "x", "arg": []}}}, "spec.engine.arg"),
         ({"spec": {"engine": {"image": "x", "resources": {"limit": {}}}}}, "resources.limit"),
+        ({"spec": {"pod": {"hostNetwork": True}}}, "spec.pod.hostNetwork"),
+        ({"spec": {"pod": {"volumes": [{"hostPath": {"path": "/"}}]}}}, "spec.pod.volumes"),
+        ({"spec": {"pod": {"securityContext": {"runAsUser": 0}}}}, "spec.pod.securityContext"),
+        ({"spec": {"engine": {"image": "x", "securityContext": {}}}}, "engine.securityContext"),
     ],
 )
 def test_kubectl_refuses_an_unknown_field(
@@ -316,7 +360,10 @@ def test_everything_that_is_allowed_is_accepted_and_kept(world: Any) -> None:
         "tensorParallelSize": 1,
         "pipelineParallelSize": 1,
         "expertParallelSize": 1,
+        "nodes": 1,
     }
+    assert kept["rollout"]["maxSurge"] == 0
+    assert kept["rollout"]["maxUnavailable"] == 1
     assert kept["engine"]["command"][:2] == ["python3", "-m"]
 
 
