@@ -57,6 +57,13 @@ def _whole(state: LoaderState) -> Iterator[Metric]:
     for reason, count in state.refusals.items():
         refused.add_metric([reason], count)
     yield refused
+    cache = GaugeMetricFamily(
+        "headrace_loader_engine_cache_bytes",
+        "Size of the engine's compiled code by what became of it; 0 where unknown.",
+        labels=["phase"],
+    )
+    cache.add_metric([state.engine_cache.phase], state.engine_cache.nbytes)
+    yield cache
     yield _fallbacks(state)
 
 

@@ -158,6 +158,9 @@ def main() -> int:
     except (ToolError, LocalkubeError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     finally:
         cluster.down()
         shutil.rmtree(root, ignore_errors=True)

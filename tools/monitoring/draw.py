@@ -59,16 +59,22 @@ def series(result: Result, template: str) -> list[Series]:
 def _panel(panel: Panel, found: list[Series], box: tuple[int, int, int, int]) -> str:
     x, y, width, height = box
     draw: Any = {"stat": _number, "bargauge": _bars, "state-timeline": _states}
-    inner = draw.get(panel.kind, _lines)(panel, found, width, height - HEAD)
+    inner = _text(8, 14, "no data")
+    if found:
+        inner = draw.get(panel.kind, _lines)(panel, found, width, height - HEAD)
     return (
         f'<g transform="translate({x},{y})"><rect width="{width}" height="{height}" fill="white" '
         f'stroke="#d8d9da"/><text x="8" y="16" font-weight="bold">{escape(panel.title)}</text>'
-        f'<g transform="translate(0,{HEAD})">{inner if found else _text(8, 14, "no data")}</g></g>'
+        f'<g transform="translate(0,{HEAD})">{inner}</g></g>'
     )
 
 
 def _text(x: float, y: float, text: str, more: str = "") -> str:
     return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{escape(text)}</text>'
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def _value(value: float, unit: str) -> str:
@@ -92,7 +98,7 @@ def _bars(panel: Panel, found: list[Series], width: int, height: int) -> str:
     for number, (name, points) in enumerate(found):
         y, value = number * row, points[-1][1]
         size = (width - left - 70) * value / highest
-        marks.append(_text(left - 6, y + row * 0.7, name, 'text-anchor="end"'))
+        marks.append(_text(left - 6, y + row * 0.7, _short(name, 36), 'text-anchor="end"'))
         marks.append(
             f'<rect x="{left}" y="{y + 2:.0f}" width="{size:.1f}" height="{row - 4:.0f}" '
             f'fill="{COLORS[number % len(COLORS)]}"/>'
@@ -112,11 +118,12 @@ def _states(_: Panel, found: list[Series], width: int, height: int) -> str:
     marks = []
     for number, (name, points) in enumerate(sorted(found)):
         y = number * row
-        marks.append(_text(left - 6, y + row * 0.6, name, 'text-anchor="end"'))
+        marks.append(_text(left - 6, y + row * 0.6, _short(name, width // 36), 'text-anchor="end"'))
         step = min((b[0] - a[0] for a, b in itertools.pairwise(points)), default=1.0)
+        scale = (width - left - 12) / (span + step)
         marks.extend(
-            f'<rect x="{left + (at - begin) / span * (width - left - 12):.1f}" y="{y + 2:.0f}" '
-            f'width="{step / span * (width - left - 12) + 0.6:.1f}" height="{row - 4:.0f}" '
+            f'<rect x="{left + (at - begin) * scale:.1f}" y="{y + 2:.0f}" '
+            f'width="{step * scale + 0.6:.1f}" height="{row - 4:.0f}" '
             f'fill="{STATES.get(value, COLORS[0])}"/>'
             for at, value in points
         )
@@ -147,5 +154,5 @@ def _lines(panel: Panel, found: list[Series], width: int, height: int) -> str:
         marks.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
         if number < _SHOWN:
             x, y = left + number % 2 * wide / 2, low + 28 + number // 2 * 16
-            marks.append(_text(x, y, name, f'fill="{color}"'))
+            marks.append(_text(x, y, _short(name, 30), f'fill="{color}"'))
     return "".join(marks)

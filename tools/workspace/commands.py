@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CLUSTER = ROOT / ".cache" / "cluster"
 CRD = "headrace_operator.api.crd"
+MODEL_VALUES = "charts/headrace-model/ci/tiny-values.yaml"
 PACKAGES = (
     "operator/headrace_operator",
     "loader_image/headrace_checkpoint",
@@ -136,9 +137,10 @@ def _lint(_: Sequence[str]) -> int:
         "types": [tools / "mypy", *PACKAGES],
         "dependency directions": [tools / "lint-imports"],
         "generated CRD": [PYTHON, "-m", CRD, "--check"],
-        "documentation": [tools / "mkdocs", "build", "--strict"],
         "generated dashboards": [PYTHON, "-m", "dashboards", "--check"],
-        "charts": [helm, "lint", "--strict", "charts/headrace", "charts/headrace-model"],
+        "documentation": [tools / "mkdocs", "build", "--strict"],
+        "chart": [helm, "lint", "--strict", "charts/headrace"],
+        "chart of a model": [helm, "lint", "--strict", "charts/headrace-model", "-f", MODEL_VALUES],
     }
     steps, failed = Steps(total=len(checks)), []
     for name, argv in checks.items():
