@@ -73,7 +73,7 @@ def main() -> None:
         for number in range(1, options.rounds + 1):
             with steps.step(f"headrace shard, round {number} of {options.rounds}"):
                 set_cache(source / WEIGHTS, options.warm)
-                ours.append(timed(shard, source, target, options.tensor_parallel_size))
+                ours.append(timed(shard, source, target, options))
                 steps.say(f"{ours[-1].rate / GIB:.3f} GiB/s, {ours[-1].rss / GIB:.2f} GiB resident")
             with steps.step(f"cp, round {number} of {options.rounds}"):
                 set_cache(source / WEIGHTS, options.warm)
@@ -88,6 +88,7 @@ def main() -> None:
         "largest_tensor_gib": round(largest / GIB, 3),
         "bytes": ours[0].written,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "workers": options.workers,
         "source": "in the page cache" if options.warm else "not in the page cache",
         "shard_seconds": [round(run.seconds, 2) for run in ours],
         "cp_seconds": [round(run.seconds, 2) for run in theirs],
@@ -102,6 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="have the source in the page cache")
     parser.add_argument("--tensor-parallel-size", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the work")
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--intermediate-size", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
@@ -174,21 +176,30 @@ def timed(action, source: Path, target: Path, *arguments) -> Run:
     return run
 
 
-def shard(source: Path, target: Path, ranks: int) -> int:
+def shard(source: Path, target: Path, options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "headrace_checkpoint.cli", "shard", "--source", str(source)]
-    command += ["--output", str(target), "--tensor-parallel-size", str(ranks)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command += ["--output", str(target), "--workers", str(options.workers)]
+    command += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
+    processes = [
+        subprocess.Popen([*command, "--worker", str(number)], stdout=subprocess.DEVNULL)
+        for number in range(options.workers)
+    ]
+    highest = 0
     try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"headrace shard ended with {process.returncode}")
+        for process in processes:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            highest = max(highest, usage.ru_maxrss * 1024)
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.terminate()
+                process.wait()
+    for process in processes:
+        if process.returncode:
+            raise SystemExit(f"headrace shard ended with {process.returncode}")
     read_manifest(target)
-    return usage.ru_maxrss * 1024
+    return highest
 
 
 def copy(source: Path, target: Path) -> int:
