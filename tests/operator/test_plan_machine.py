@@ -66,6 +66,9 @@ class Cluster(RuleBasedStateMachine):
     # the user
 
     @rule(change=st.sampled_from(SPECS))
+    def change_the_spec(self, change: dict[str, Any]) -> None:
+        self.change(change)
+
     def change(self, change: dict[str, Any]) -> None:
         spec = self.build.merged(self.resource["spec"], change)
         volume = spec["volume"]
@@ -74,6 +77,12 @@ class Cluster(RuleBasedStateMachine):
         if spec != self.resource["spec"]:
             self.resource["spec"] = spec
             self.resource["metadata"]["generation"] += 1
+
+    @rule(first=st.sampled_from(SPECS), second=st.sampled_from(SPECS))
+    def change_and_wait(self, first: dict[str, Any], second: dict[str, Any]) -> None:
+        for change in (first, second):
+            self.change(change)
+            self.left_alone_it_converges()
 
     @rule(kind=st.sampled_from(["Job", "Deployment", "Service", "ResourceClaimTemplate"]))
     def delete_a_child(self, kind: str) -> None:
@@ -125,6 +134,9 @@ class Cluster(RuleBasedStateMachine):
                 assert len(self.names("Job")) <= 2
 
     @rule()
+    def leave_alone(self) -> None:
+        self.left_alone_it_converges()
+
     def left_alone_it_converges(self) -> None:
         for _ in range(ROUNDS):
             before = self.state()
@@ -158,6 +170,7 @@ class Cluster(RuleBasedStateMachine):
             assert arg in args
         templates = self.names("ResourceClaimTemplate")
         assert len(templates) == (spec["gpu"]["sharing"] == "ResourceClaim")
+        assert len(self.observe().claims) == ("static" in spec["volume"])
 
     # its parts
 
@@ -314,5 +327,5 @@ def test_every_order_of_events_converges(
     build: SimpleNamespace, gpus: frozenset[int] | None
 ) -> None:
     machine = type("Machine", (Cluster,), {"build": build, "gpus": lambda _: gpus})
-    budget = settings(max_examples=40, stateful_step_count=25, deadline=None)
+    budget = settings(max_examples=25, stateful_step_count=12, deadline=None)
     run_state_machine_as_test(machine, settings=budget)  # type: ignore[no-untyped-call]

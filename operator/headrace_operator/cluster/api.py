@@ -116,7 +116,10 @@ class Api:
         while True:
             page = await self._request("GET", kind.path(namespace), query)
             metadata = page.get("metadata") or {}
-            yield Listing(page.get("items") or [], int(metadata.get("resourceVersion") or 0))
+            # The items of a list do not say what they are, as single objects do.
+            known = {"apiVersion": kind.api_version, "kind": kind.name}
+            objects = [{**known, **body} for body in page.get("items") or []]
+            yield Listing(objects, int(metadata.get("resourceVersion") or 0))
             query["continue"] = metadata.get("continue") or ""
             if not query["continue"]:
                 return

@@ -7,7 +7,7 @@ the same specs and the same status; over the whole life the same Jobs, Deploymen
 and ReplicaSets, each made once; and after the deletion nothing.
 
 HEADRACE_FAULTS=all adds a life for each of the first 160 calls, killed there before and after
-the API server has acted.
+the API server has acted; HEADRACE_FAULTS=NAME,NAME lives these alone.
 """
 
 import asyncio
@@ -25,7 +25,8 @@ from faults.proxy import HANGING, LOST, REFUSED, Harm, Request
 from headrace_operator.cluster import api
 
 pytestmark = pytest.mark.cluster
-ALL = os.environ.get("HEADRACE_FAULTS") == "all"
+ASKED = os.environ.get("HEADRACE_FAULTS", "")
+ALL = ASKED == "all"
 SAMPLED_WRITES = range(4, 44, 13)
 ALL_CALLS = range(160)
 TOGETHER = 24
@@ -77,16 +78,18 @@ def killed_ever_later() -> Scenario:
     return Scenario(harm)
 
 
-def every(count: int, harm: Harm, *, writes: bool = False, reads: bool = False) -> Scenario:
-    """Every so many calls, of any kind but watches, go wrong."""
+def sometimes(count: int, harm: Harm, *, writes: bool = False, reads: bool = False) -> Scenario:
+    """One of so many calls, of any kind but watches, goes wrong.
+
+    By chance: a period could always meet the same call of one that repeats itself.
+    """
 
     def choose(_: Operator, request: Request) -> Harm | None:
         if writes and request.write is None:
             return None
         if request.is_watch or (reads and request.write is not None):
             return None
-        counted = request.write if writes else request.number
-        return harm if counted is not None and counted % count == count - 1 else None
+        return harm if random.random() < 1 / count else None
 
     return Scenario(choose)
 
@@ -139,15 +142,15 @@ SCENARIOS: Mapping[str, Scenario] = {
     "killed-after-every-write": killed_after_every_write(),
     "killed-ever-later": killed_ever_later(),
     **{f"killed-at-write-{n}": killed_at_write(n) for n in SAMPLED_WRITES},
-    "conflict": every(3, Harm(status=409), writes=True),
-    "too-many-requests": every(4, Harm(status=429, headers=(("Retry-After", "1"),))),
-    "server-error": every(4, Harm(status=500)),
-    "server-error-after-the-act": every(3, Harm(pass_on=True, status=500), writes=True),
-    "gateway-timeout-after-the-act": every(3, Harm(pass_on=True, status=504), writes=True),
-    "connection-refused": every(4, REFUSED),
-    "answer-lost": every(3, LOST, writes=True),
-    "no-answer-in-time": every(12, HANGING),
-    "listing-expired": every(3, Harm(status=410, message="too old"), reads=True),
+    "conflict": sometimes(3, Harm(status=409), writes=True),
+    "too-many-requests": sometimes(4, Harm(status=429, headers=(("Retry-After", "1"),))),
+    "server-error": sometimes(4, Harm(status=500)),
+    "server-error-after-the-act": sometimes(3, Harm(pass_on=True, status=500), writes=True),
+    "gateway-timeout-after-the-act": sometimes(3, Harm(pass_on=True, status=504), writes=True),
+    "connection-refused": sometimes(4, REFUSED),
+    "answer-lost": sometimes(3, LOST, writes=True),
+    "no-answer-in-time": sometimes(12, HANGING),
+    "listing-expired": sometimes(3, Harm(status=410, message="too old"), reads=True),
     "watch-expired": watches(Harm(status=410, message="too old")),
     "watch-refused": watches(Harm(status=500)),
     "watch-forgotten": Scenario(events=expired_in_the_stream),
@@ -165,6 +168,8 @@ EXHAUSTIVE = {
     for before in (True, False)
 }
 LIVES = {**SCENARIOS, **(EXHAUSTIVE if ALL else {})}
+if ASKED and not ALL:
+    LIVES = {name: LIVES[name] for name in (UNDISTURBED, *ASKED.split(","))}
 
 
 async def live_all(cluster: Any, token: str) -> dict[str, Outcome]:
@@ -199,11 +204,11 @@ def test_the_end_is_the_same(name: str, outcomes: dict[str, Outcome]) -> None:
 
 def test_the_disturbances_took_place(outcomes: dict[str, Outcome]) -> None:
     starts = {name: outcome.operators[0].starts for name, outcome in outcomes.items()}
-    for name in SCENARIOS:
-        if name.startswith("killed-at"):
+    for name in LIVES:
+        if name.startswith("killed-at-"):
             assert starts[name] == 2, name
-    assert starts["killed-after-every-write"] > 30
-    assert starts["killed-ever-later"] > 8
+    assert starts.get("killed-after-every-write", 99) > 30
+    assert starts.get("killed-ever-later", 99) > 8
     assert starts[UNDISTURBED] == 1
     requests = outcomes[UNDISTURBED].operators[0].proxy.requests
     assert len({r.write for r in requests}) > len(SAMPLED_WRITES)

@@ -70,7 +70,9 @@ async def test_a_life_in_which_everything_dies_once(process: Any, kube: Kube) ->
     assert disturbed.snapshot == quiet.snapshot
     assert disturbed.made == quiet.made
     assert process.process.poll() is None
-    errors = [e for e in process.entries() if e["level"] == "error"]
+    # kopf tells of an API server that is gone as an error of its own, and tries again.
+    ours = [e for e in process.entries() if e["logger"].startswith("headrace_operator")]
+    errors = [e for e in ours if e["level"] == "error"]
     assert not errors, errors[:3]
 
 
