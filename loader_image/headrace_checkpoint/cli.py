@@ -55,6 +55,9 @@ def _shard(options: argparse.Namespace) -> int:
         part_bytes=options.part_bytes,
         workers=options.workers,
         worker=options.worker,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        expert_parallel_size=options.expert_parallel_size,
+        quantization=options.quantization,
     )
     started = time.monotonic()
     try:
@@ -137,9 +140,10 @@ def _identity(options: argparse.Namespace) -> dict[str, object]:
         else str(Path(options.source).resolve()),
         "revision": options.revision,
         "dtype": options.dtype,
+        "quantization": options.quantization,
         "tensor": options.tensor_parallel_size,
-        "pipeline": 1,
-        "expert": 1,
+        "pipeline": options.pipeline_parallel_size,
+        "expert": options.expert_parallel_size,
         "layout": options.layout,
         "formatVersion": FORMAT_VERSION,
     }
@@ -166,6 +170,19 @@ def parser() -> tuple[ArgumentParser, Commands]:
         "--output", type=_output, required=True, help="directory to publish the checkpoint at"
     )
     sharding.add_argument("--tensor-parallel-size", type=_parallel_size, default=1)
+    sharding.add_argument("--pipeline-parallel-size", type=_parallel_size, default=1)
+    sharding.add_argument(
+        "--expert-parallel-size",
+        type=_parallel_size,
+        default=1,
+        help="1, or the tensor parallel size: each rank has whole experts",
+    )
+    sharding.add_argument(
+        "--quantization",
+        choices=("none", "fp8"),
+        default="none",
+        help="fp8: make FP8 of an unquantized model, per output channel (none)",
+    )
     sharding.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     sharding.add_argument("--layout", choices=tuple(LAYOUTS), default="vllm")
     sharding.add_argument(

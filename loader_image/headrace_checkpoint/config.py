@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from headrace_checkpoint import quantization
 from headrace_checkpoint.errors import ArchitectureUnsupported, ConfigInvalid
 from headrace_checkpoint.layouts.rules import (
     Architecture,
@@ -19,32 +20,45 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names used in config.json and on the command line, to safetensors names."""
 
 _MAX_SIZE = 2**31
-_UNSUPPORTED = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A parsed config.json; `values` is the whole document."""
+    """A parsed config.json; `values` is the whole document, `content` the file."""
 
     values: Mapping[str, object]
     architectures: tuple[str, ...]
+    content: bytes = b""
 
     @classmethod
     def from_json(cls, content: bytes) -> "ModelConfig":
-        """Parse; raises ConfigInvalid, or ArchitectureUnsupported for quantized models."""
+        """Parse; raises ConfigInvalid."""
         try:
             values = json.loads(content.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ConfigInvalid(f"config.json: no JSON document: {error}") from None
         if not isinstance(values, dict):
             raise ConfigInvalid("config.json: must be a JSON object")
-        for field in _UNSUPPORTED:
-            if values.get(field) is not None:
-                raise ArchitectureUnsupported(
-                    f"config.json: {field}: quantized models are not supported; "
-                    "use the unquantized model"
-                )
-        return cls(values, _architectures(values))
+        return cls(values, _architectures(values), content)
+
+    def quantized(self) -> "ModelConfig":
+        """Return what an unquantized model says of itself once it is FP8."""
+        if quantization.parse_format(self.values) is not None:
+            raise ArchitectureUnsupported(
+                f"config.json: {quantization.FIELD}: the model is quantized already; shard it with "
+                "quantization none"
+            )
+        return self._with({**self.values, quantization.FIELD: quantization.ONLINE_FP8_CONFIG})
+
+    def serving(self, quantized: tuple[str, ...], unquantized: tuple[str, ...]) -> "ModelConfig":
+        """Return what engines must read beside the checkpoint, given the linear layers' names."""
+        values = quantization.served(self.values, quantized, unquantized)
+        return self if values == self.values else self._with(values)
+
+    def _with(self, values: Mapping[str, object]) -> "ModelConfig":
+        return ModelConfig(
+            values, self.architectures, json.dumps(values, indent=2).encode() + b"\n"
+        )
 
     def architecture(self, supported: Mapping[str, Architecture]) -> Architecture:
         """Return the table for this model; raises ArchitectureUnsupported."""
@@ -73,7 +87,9 @@ class ModelConfig:
 
     def holds(self, condition: Condition) -> bool:
         """Evaluate a table's condition; raises ConfigInvalid where a flag is no boolean."""
-        value = self.values.get(condition.field)
+        value: object = self.values
+        for name in condition.field.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
         match condition:
             case Given():
                 return value is not None

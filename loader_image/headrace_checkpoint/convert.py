@@ -14,6 +14,9 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
+    "F8_E4M3": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
 """The numpy type that holds each supported element type."""
 
@@ -21,6 +24,42 @@ STORAGE: dict[str, np.dtype[Any]] = {
 _BF16_NAN = {"F32": np.uint16(0xFFFF), "F16": np.uint16(0x7FC0)}
 _F16_QUIET_NAN = 0x7E00
 _F32_QUIET_BIT = np.uint32(0x0040_0000)
+
+
+_FP8_MAX = np.float32(448.0)
+_FP8_SMALLEST_SCALE = np.float32(1.0) / (_FP8_MAX * np.float32(512.0))
+_FP8_SMALLEST_NORMAL_BITS = np.uint32(121 << 23)
+_FP8_SUBNORMAL_SHIFT = np.uint32(141 << 23)
+
+
+def fp8_scales(array: Array, dtype: str) -> Array:
+    """Return what each row of a matrix of `dtype` is divided by to become FP8, as one column.
+
+    The largest magnitude of the row becomes 448, the largest of E4M3, as in vLLM's
+    quantization/online/fp8.py (_fp8_channel_scale). NaN and infinity stay visible.
+    """
+    largest = np.abs(_to_float32(array, dtype)).max(axis=1, keepdims=True)
+    scales: Array = np.maximum(largest / _FP8_MAX, _FP8_SMALLEST_SCALE)
+    return scales
+
+
+def fp8_elements(array: Array, dtype: str) -> Array:
+    """Return a matrix of `dtype` divided by its fp8_scales as E4M3, rounded to nearest even."""
+    scaled = _to_float32(array, dtype) / fp8_scales(array, dtype)
+    bits = np.clip(scaled, -_FP8_MAX, _FP8_MAX).view(np.uint32)
+    sign = ((bits >> 24) & 0x80).astype(np.uint8)
+    magnitude = bits & 0x7FFF_FFFF
+    # As torch does it: a sum with a power of two whose last bit is the smallest subnormal rounds.
+    shifted = magnitude.view(np.float32) + _FP8_SUBNORMAL_SHIFT.view(np.float32)
+    subnormal = (shifted.view(np.uint32) - _FP8_SUBNORMAL_SHIFT).astype(np.uint8)
+    odd = (magnitude >> 20) & 1
+    normal = ((magnitude - np.uint32(120 << 23) + np.uint32(0x7FFFF) + odd) >> 20).astype(np.uint8)
+    return np.where(magnitude < _FP8_SMALLEST_NORMAL_BITS, subnormal, normal) | sign
+
+
+def finite(array: Array, dtype: str) -> bool:
+    """Tell whether no element of a floating-point type is NaN or infinite."""
+    return bool(np.isfinite(_to_float32(array, dtype)).all())
 
 
 def convert(array: Array, source: str, target: str) -> Array:

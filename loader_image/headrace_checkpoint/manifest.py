@@ -96,6 +96,16 @@ class Part:
         }
 
 
+def rank_file(rank: int, part: int, tensor: int, stages: int) -> str:
+    """Return the name of a part file, as vLLM's sharded_state has it by default.
+
+    `rank` counts tensor parallel ranks, `tensor` of them in each of the pipeline `stages`.
+    """
+    if stages == 1:
+        return f"model-rank-{rank}-part-{part}.safetensors"
+    return f"model-pp-{rank // tensor}-tp-{rank % tensor}-part-{part}.safetensors"
+
+
 @dataclass(frozen=True, slots=True)
 class CopiedFile:
     """A file copied unchanged from the source, such as config.json; hex SHA-256 digest."""

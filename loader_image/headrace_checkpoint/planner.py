@@ -7,6 +7,7 @@ written: sizes against the parallelism, every source tensor against the sizes.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import overload
 
 from headrace_checkpoint.config import DTYPES, ModelConfig
@@ -17,8 +18,23 @@ from headrace_checkpoint.errors import (
     SourceCorrupt,
     TensorMissing,
 )
-from headrace_checkpoint.layouts.rules import Architecture, Constant, Piece, Split, Tensor
-from headrace_checkpoint.manifest import TENSOR_ALIGNMENT, TensorEntry
+from headrace_checkpoint.layouts.rules import (
+    Architecture,
+    Constant,
+    Piece,
+    Split,
+    Stage,
+    Tensor,
+)
+from headrace_checkpoint.manifest import TENSOR_ALIGNMENT, TensorEntry, rank_file
+from headrace_checkpoint.quantization import (
+    ONLINE_FP8,
+    PLAIN,
+    Format,
+    Stored,
+    Use,
+    parse_format,
+)
 
 DEFAULT_PART_BYTES = 4 * 1024**3
 _SUGGESTED_RANKS = 64
@@ -40,12 +56,17 @@ class SourceTensor:
 class Slice:
     """Rows and columns, as half-open ranges, of a source tensor seen as a matrix.
 
-    The first axis is the rows, the others together the columns; a vector has one column.
+    The first axis is the rows, the others together the columns; a vector has one column. With
+    `use` "scale" the elements must be finite. With "fp8" and "fp8-scale" they are of the matrix
+    that is made of the rows converted to `dtype` (safetensors name): the quantized elements, or
+    one column of scales.
     """
 
     source: str
     rows: tuple[int, int]
     columns: tuple[int, int]
+    use: Use = ""
+    dtype: str = ""
 
     @property
     def elements(self) -> int:
@@ -61,7 +82,19 @@ class Fill:
     value: float
 
 
-Segment = Slice | Fill
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Slices of equally many rows side by side: a row of one is followed by that of the next."""
+
+    slices: tuple[Slice, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return sum(one.elements for one in self.slices)
+
+
+Segment = Slice | Fill | Beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +114,26 @@ class TargetTensor:
 
 @dataclass(frozen=True, slots=True)
 class PartPlan:
-    """One file of every rank: its tensors in the order and at the offsets they are written."""
+    """One file of every rank of a stage: its tensors as they are written, with their offsets.
+
+    `number` counts the parts of the `stage`, which is one of `stages`.
+    """
 
     tensors: tuple[TargetTensor, ...]
     entries: tuple[TensorEntry, ...]
+    number: int
+    stage: int
+    stages: int
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that have this part, all tensor parallel ranks of the stage."""
+        count = len(self.tensors[0].by_rank)
+        return range(self.stage * count, (self.stage + 1) * count)
+
+    def file(self, rank: int) -> str:
+        """Return the name of the file of one of the ranks."""
+        return rank_file(rank, self.number, len(self.tensors[0].by_rank), self.stages)
 
     @property
     def data_bytes(self) -> int:
@@ -94,13 +143,18 @@ class PartPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole checkpoint; `equal` are pairs of source tensors that must hold the same bytes."""
+    """The whole checkpoint; `equal` are pairs of source tensors that must hold the same bytes.
+
+    `quantized` and `unquantized` are the source's linear layers, where it has a format.
+    """
 
     architecture: str
     tensor_parallel_size: int
     parts: tuple[PartPlan, ...]
     equal: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
+    quantized: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -116,30 +170,43 @@ def plan(
     tensor_parallel_size: int,
     dtype: str,
     part_bytes: int = DEFAULT_PART_BYTES,
+    pipeline_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    quantize: bool = False,
 ) -> Plan:
     """Plan a checkpoint with elements of `dtype` (safetensors name) in parts of `part_bytes`.
 
-    A tensor larger than `part_bytes` gets a part of its own. Raises ConfigInvalid,
-    ParallelismInvalid, TensorMissing, SourceCorrupt for a wrong shape, and
-    ArchitectureUnsupported for a source tensor that the table has no place for.
+    A tensor larger than `part_bytes` gets a part of its own. `expert_parallel_size` is 1 or the
+    tensor parallel size: then ranks have whole experts, as with vLLM's
+    --enable-expert-parallel. With `quantize` an unquantized source becomes FP8, and `config` is
+    what the checkpoint's config.json says. Raises ConfigInvalid, ParallelismInvalid,
+    TensorMissing, SourceCorrupt for a wrong shape, and ArchitectureUnsupported for a source
+    tensor that the table has no place for.
     """
     planner = _Planner(architecture, config, sources, tensor_parallel_size, dtype)
+    planner.format = ONLINE_FP8 if quantize else parse_format(config.values)
+    planner.stages = pipeline_parallel_size
+    planner.expert_ranks = expert_parallel_size
     planner.check_parallelism()
-    targets = [planner.target(rule) for rule in planner.rules()]
+    targets = [planner.targets(stage) for stage in range(pipeline_parallel_size)]
     equal, ignored = planner.leftovers()
     return Plan(
         architecture=architecture.name,
         tensor_parallel_size=tensor_parallel_size,
-        parts=tuple(_part(group) for group in _groups(targets, part_bytes)),
+        parts=tuple(_parts(targets, part_bytes)),
         equal=equal,
         ignored=ignored,
+        quantized=tuple(planner.quantized),
+        unquantized=tuple(planner.unquantized),
     )
 
 
 def in_parts(whole: Plan, part_bytes: int) -> Plan:
     """Return the plan with parts of another size."""
-    targets = [target for part in whole.parts for target in part.tensors]
-    return replace(whole, parts=tuple(_part(group) for group in _groups(targets, part_bytes)))
+    stages: list[list[TargetTensor]] = [[] for _ in range(whole.parts[0].stages)]
+    for part in whole.parts:
+        stages[part.stage] += part.tensors
+    return replace(whole, parts=tuple(_parts(stages, part_bytes)))
 
 
 def resolve_dtype(requested: str, config: ModelConfig, sources: Mapping[str, SourceTensor]) -> str:
@@ -177,60 +244,149 @@ class _Planner:
         self.sources = sources
         self.ranks = tensor_parallel_size
         self.dtype = dtype
+        self.format: Format | None = None
+        self.stages = 1
+        self.expert_ranks = 1
         self.sizes = config.sizes(architecture)
-        layers = self.sizes[architecture.layers]
-        self.sparse = config.sparse_layers(architecture.sparse_layers, layers)
+        self.layers = self.sizes[architecture.layers]
+        self.sparse = config.sparse_layers(architecture.sparse_layers, self.layers)
         self.used: set[str] = set()
+        self.quantized: list[str] = []
+        self.unquantized: list[str] = []
 
-    def rules(self) -> Iterator[Tensor | Constant]:
-        """Yield the rules that apply, with layer numbers filled in."""
-        yield from self._applying(self.architecture.before_layers)
-        for layer in range(self.sizes[self.architecture.layers]):
+    def targets(self, stage: int) -> list[TargetTensor]:
+        """Return the tensors of a pipeline stage, in the order of the table."""
+        return [
+            self._target(rule, stored)
+            for rule in self._rules(stage)
+            for stored in self._stored(rule)
+        ]
+
+    def _rules(self, stage: int) -> Iterator[Tensor | Constant]:
+        """Yield the rules that apply to a stage, with layer numbers filled in."""
+        yield from self._of_stage(self.architecture.before_layers, stage, "first")
+        for layer in range(*stage_layers(self.layers, self.stages)[stage]):
             for rule in self._applying(self.architecture.per_layer, layer in self.sparse):
                 yield _numbered(rule, "{layer}", layer)
-        yield from self._applying(self.architecture.after_layers)
+        yield from self._of_stage(self.architecture.after_layers, stage, "last")
+
+    def _of_stage(
+        self, rules: Sequence[Tensor | Constant], stage: int, usual: Stage
+    ) -> Iterator[Tensor | Constant]:
+        first, last = stage == 0, stage == self.stages - 1
+        has = {"first": first, "last": last, "first-not-last": first and not last, "all": True}
+        for rule in self._applying(rules):
+            if has[getattr(rule, "stage", None) or usual]:
+                yield rule
 
     def _applying(
         self, rules: Sequence[Tensor | Constant], sparse: bool | None = None
     ) -> Iterator[Tensor | Constant]:
         """Yield the rules whose conditions hold, for a kind of layer where `sparse` is given."""
         for rule in rules:
+            if rule.when and not self.config.holds(rule.when):
+                continue
             if isinstance(rule, Tensor):
-                if rule.when and not self.config.holds(rule.when):
-                    continue
                 if rule.unless and self.config.holds(rule.unless):
                     continue
                 if None not in (sparse, rule.sparse) and sparse != rule.sparse:
                     continue
             yield rule
 
-    def target(self, rule: Tensor | Constant) -> TargetTensor:
+    def _stored(self, rule: Tensor | Constant) -> Sequence[Stored]:
+        """Return what is stored of a rule's tensor: several tensors in a quantized format."""
+        if self.format is None or not isinstance(rule, Tensor) or not rule.linear:
+            return PLAIN
+        modules = [piece.source.removesuffix(".weight") for piece in rule.pieces]
+        fused = rule.name.removesuffix(".weight")
+        if rule.stack:
+            fused = modules[0].partition(".{index}")[0]
+            modules = [module.replace("{index}", "0") for module in modules]
+        if self.format.skips(fused, modules, self.sources):
+            self.unquantized += modules
+            return PLAIN
+        if rule.stack and not self.format.experts:
+            raise ArchitectureUnsupported(
+                f"config.json: quantization_config: {self.format.name}: {modules[0]}: not "
+                "supported for experts; use another format, or leave them unquantized"
+            )
+        self.quantized += modules
+        return self.format.stored
+
+    def _target(self, rule: Tensor | Constant, stored: Stored) -> TargetTensor:
         if isinstance(rule, Constant):
-            return TargetTensor(rule.name, "F32", (), ((Fill(1, rule.value),),) * self.ranks)
-        copies = self.sizes[rule.stack] if rule.stack else 1
+            fill = Fill(math.prod(rule.shape), rule.value)
+            return TargetTensor(
+                rule.name, rule.dtype or self.dtype, rule.shape, ((fill,),) * self.ranks
+            )
+        dtype = stored.dtype or rule.dtype or self.dtype
         by_rank: list[list[Segment]] = [[] for _ in range(self.ranks)]
-        for index in range(copies):
+        shape: tuple[int, ...] = ()
+        for index in range(self.sizes[rule.stack] if rule.stack else 1):
             pieces = _numbered(rule, "{index}", index).pieces if rule.stack else rule.pieces
-            shapes = []
-            for piece in pieces:
-                shape = self._source_shape(piece)
-                shapes.append(self._rank_shape(shape, piece.split))
-                for rank in range(self.ranks):
-                    by_rank[rank] += self._segments(piece, shape, rank)
-        joined = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        stacked = (copies, *joined) if rule.stack else joined
-        dtype = rule.dtype or self.dtype
-        return TargetTensor(rule.name, dtype, stacked, tuple(map(tuple, by_rank)))
+            cuts = [self._cut(rule, piece, stored, piece is not pieces[-1]) for piece in pieces]
+            if stored.last or (rule.stack and stored.last_of_expert):
+                del cuts[:-1]
+            for rank in self._holders(rule, index):
+                by_rank[rank] += _joined([cut.segments(rank) for cut in cuts], stored)
+            shape = _joined_shape([cut.share for cut in cuts], stored)
+        if rule.stack:
+            experts = self.sizes[rule.stack] // self.expert_ranks
+            shape = (experts, *shape) if shape != (1,) else (experts,)
+        return TargetTensor(_in_place(rule.name, stored), dtype, shape, tuple(map(tuple, by_rank)))
+
+    def _holders(self, rule: Tensor, index: int) -> Sequence[int]:
+        """Ranks that have one of stacked experts: with expert parallelism, consecutive ones."""
+        if rule.stack is None or self.expert_ranks == 1:
+            return range(self.ranks)
+        return (index // (self.sizes[rule.stack] // self.expert_ranks),)
+
+    def _cut(self, rule: Tensor, piece: Piece, stored: Stored, followed: bool) -> "_Cut":
+        """Check a piece's source tensor, and how ranks divide it."""
+        extents = tuple(map(self._extent, piece.shape))
+        per = stored.per if len(extents) == 2 else (1,) * len(extents)
+        shape = tuple(-(-n // each) if each else 1 for n, each in zip(extents, per, strict=True))
+        online = stored.use.startswith("fp8")
+        source = piece.source if online else _in_place(piece.source, stored)
+        expected = stored.fixed or (shape[::-1] if stored.transposed else shape)
+        self._check_source(source, piece, extents if online else expected, stored)
+        template = Slice(source, (0, 0), (0, 0), stored.use, self.dtype if online else "")
+        if stored.fixed:
+            return _Cut(template, stored.fixed, stored.fixed)
+        split = None if rule.stack and self.expert_ranks > 1 else piece.split
+        if split is None or not per[split.axis]:
+            if followed and per[0] > 1 and extents[0] % per[0]:
+                raise self._uneven(source, extents[0], per[0], "rows")
+            return _Cut(template, expected, expected)
+        axis, each = split.axis, per[split.axis]
+        width = extents[axis] // self.sizes[split.unit]
+        begin, end = (unit * width for unit in self._units(split, 0))
+        alone = end - begin == extents[axis] and (axis == 1 or len(rule.pieces) == 1)
+        if (end - begin) % each and not alone:
+            raise self._uneven(source, end - begin, each, ("rows", "columns")[axis])
+        first = tuple(self._units(split, rank)[0] * width // each for rank in range(self.ranks))
+        stored_axis = 1 - axis if stored.transposed else axis
+        share = list(expected)
+        share[stored_axis] = -(-(end - begin) // each)
+        return _Cut(template, expected, tuple(share), stored_axis, first)
+
+    def _uneven(self, source: str, count: int, each: int, what: str) -> ParallelismInvalid:
+        name = self.format.name if self.format else ""
+        return ParallelismInvalid(
+            f"tensor parallel size {self.ranks}: tensor {source!r} ({name}): a rank's share of the "
+            f"weight has {count} {what}: must be a multiple of {each}; choose a smaller size"
+        )
 
     def leftovers(self) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
         """Account for every source tensor that no rule used."""
         equal, ignored = [], []
         copies = {c.name: c.original for c in self.architecture.copies if self.config.holds(c.when)}
         dropped = self._dropped_layers()
+        suffixes = self.architecture.ignored + (self.format.ignored if self.format else ())
         for name in sorted(self.sources.keys() - self.used):
             if name in copies:
                 equal.append((name, copies[name]))
-            elif name.endswith(self.architecture.ignored) or name.startswith(dropped):
+            elif name.endswith(suffixes) or name.startswith(dropped):
                 ignored.append(name)
             else:
                 raise ArchitectureUnsupported(
@@ -244,31 +400,34 @@ class _Planner:
         rule = self.architecture.dropped_layers
         if rule is None:
             return ()
-        first = self.sizes[self.architecture.layers]
-        layers = range(first, first + self.config.count(rule.count))
+        layers = range(self.layers, self.layers + self.config.count(rule.count))
         return tuple(rule.prefix.replace("{layer}", str(layer)) for layer in layers)
 
-    def _source_shape(self, piece: Piece) -> tuple[int, ...]:
-        """Shape that config.json demands of a source tensor, checked against the file."""
-        shape = tuple(map(self._extent, piece.shape))
-        found = self.sources.get(piece.source)
+    def _check_source(
+        self, source: str, piece: Piece, shape: tuple[int, ...], stored: Stored
+    ) -> None:
+        """Check shape and element type of a source tensor against config.json."""
+        found = self.sources.get(source)
+        quantized = f" with {self.format.name}" if self.format else ""
         if found is None:
             raise TensorMissing(
-                f"tensor {piece.source!r}: in none of the source's files, "
-                f"{self.architecture.name} needs it; complete the source"
+                f"tensor {source!r}: in none of the source's files, "
+                f"{self.architecture.name}{quantized} needs it; complete the source"
             )
-        if found.shape != shape:
+        shapes = [(), (1,)] if stored.per == (0, 0) else [shape]
+        if found.shape not in shapes:
+            sizes = ", ".join(self._described(axis) for axis in piece.shape)
             raise SourceCorrupt(
-                f"{found.file}: tensor {piece.source!r}: shape {list(found.shape)}: config.json "
-                f"demands {list(shape)} ({', '.join(self._described(a) for a in piece.shape)})"
+                f"{found.file}: tensor {source!r}: shape {list(found.shape)}: config.json "
+                f"demands {list(shapes[-1])} ({sizes}{quantized})"
             )
-        if found.dtype not in _SOURCE_DTYPES:
+        exact = stored.dtype if stored.dtype and not stored.use else None
+        if found.dtype not in ((exact,) if exact else _SOURCE_DTYPES):
             raise ArchitectureUnsupported(
-                f"{found.file}: tensor {piece.source!r}: dtype {found.dtype}: "
-                f"supported are {', '.join(_SOURCE_DTYPES)}"
+                f"{found.file}: tensor {source!r}: dtype {found.dtype}: "
+                f"supported{quantized} are {exact or ', '.join(_SOURCE_DTYPES)}"
             )
-        self.used.add(piece.source)
-        return shape
+        self.used.add(source)
 
     def _extent(self, axis: str) -> int:
         products = (product.split("*") for product in axis.split("+"))
@@ -279,33 +438,10 @@ class _Planner:
         fields = self.architecture.sizes
         return " + ".join(" * ".join(fields[name].field for name in names) for names in products)
 
-    def _rank_shape(self, shape: tuple[int, ...], split: Split | None) -> tuple[int, ...]:
-        if split is None:
-            return shape
-        begin, end = self._units(split, 0)
-        width = shape[split.axis] // self.sizes[split.unit]
-        return (*shape[: split.axis], (end - begin) * width, *shape[split.axis + 1 :])
-
-    def _segments(self, piece: Piece, shape: tuple[int, ...], rank: int) -> list[Segment]:
-        rows, columns = (0, shape[0]), (0, math.prod(shape[1:]))
-        if piece.split is None:
-            return [Slice(piece.source, rows, columns)]
-        units = self.sizes[piece.split.unit]
-        width = shape[piece.split.axis] // units
-        begin, end = (min(unit, units) for unit in self._units(piece.split, rank))
-        if piece.split.axis == 1:
-            return [Slice(piece.source, rows, (begin * width, end * width))]
-        segments: list[Segment] = []
-        if end > begin:
-            segments.append(Slice(piece.source, (begin * width, end * width), columns))
-        wanted = math.prod(self._rank_shape(shape, piece.split))
-        missing = wanted - (end - begin) * width * columns[1]
-        if missing:
-            segments.append(Fill(missing, 0.0))
-        return segments
-
     def check_parallelism(self) -> None:
         """Raise ParallelismInvalid naming every size in the way, and the sizes that do divide."""
+        self._check_stages()
+        self._check_experts()
         wrong = [split for split in self._splits() if not self._divides(split, self.ranks)]
         if not wrong:
             return
@@ -319,12 +455,43 @@ class _Planner:
             f"{', '.join(map(self._obstacle, wrong))}; choose one of {', '.join(possible)}"
         )
 
+    def _check_stages(self) -> None:
+        if self.stages > self.layers:
+            raise ParallelismInvalid(
+                f"pipeline parallel size {self.stages}: each stage needs a layer, and "
+                f"{self.architecture.sizes[self.architecture.layers].field} is {self.layers}"
+            )
+
+    def _check_experts(self) -> None:
+        if self.expert_ranks == 1:
+            return
+        if self.expert_ranks != self.ranks:
+            raise ParallelismInvalid(
+                f"expert parallel size {self.expert_ranks}: must be 1 or the tensor parallel "
+                f"size, {self.ranks}"
+            )
+        rules = self.architecture.per_layer
+        stacks = {rule.stack for rule in rules if isinstance(rule, Tensor) and rule.stack}
+        if not stacks or not self.sparse:
+            raise ParallelismInvalid(
+                f"expert parallel size {self.expert_ranks}: {self.architecture.name} with this "
+                "config.json has no experts; choose 1"
+            )
+        for stack in stacks:
+            if self.sizes[stack] % self.expert_ranks:
+                raise ParallelismInvalid(
+                    f"expert parallel size {self.expert_ranks}: does not divide "
+                    f"{self.architecture.sizes[stack].field} {self.sizes[stack]}"
+                )
+
     def _splits(self) -> list[Split]:
         architecture = self.architecture
-        kinds = {layer in self.sparse for layer in range(self.sizes[architecture.layers])}
+        kinds = {layer in self.sparse for layer in range(self.layers)}
         rules = [rule for k in kinds for rule in self._applying(architecture.per_layer, k)]
         rules += self._applying((*architecture.before_layers, *architecture.after_layers))
-        pieces = (piece for rule in rules for piece in getattr(rule, "pieces", ()))
+        tensors = [rule for rule in rules if isinstance(rule, Tensor)]
+        divided = [rule for rule in tensors if not (rule.stack and self.expert_ranks > 1)]
+        pieces = (piece for rule in divided for piece in rule.pieces)
         by_unit = {piece.split.unit: piece.split for piece in pieces if piece.split}
         return list(by_unit.values())
 
@@ -351,6 +518,64 @@ class _Planner:
         return first, first + 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A source tensor of `shape` of which ranks have `share` each, from `first[rank]` of `axis`."""
+
+    template: Slice
+    shape: tuple[int, ...]
+    share: tuple[int, ...]
+    axis: int | None = None
+    first: tuple[int, ...] = ()
+
+    def segments(self, rank: int) -> list[Segment]:
+        """Return a rank's share: of its source and, beyond that, zeros."""
+        rows, columns = (0, self.shape[0]), (0, math.prod(self.shape[1:]))
+        if self.axis is not None:
+            begin, end = (
+                min(self.first[rank] + count, self.shape[self.axis])
+                for count in (0, self.share[self.axis])
+            )
+            rows, columns = ((begin, end), columns) if self.axis == 0 else (rows, (begin, end))
+        found = replace(self.template, rows=rows, columns=columns)
+        segments: list[Segment] = [found] if found.elements else []
+        missing = math.prod(self.share) - found.elements
+        return [*segments, Fill(missing, 0.0)] if missing else segments
+
+
+def stage_layers(layers: int, stages: int) -> list[tuple[int, int]]:
+    """Half-open ranges of the layers of each pipeline stage, as vLLM's get_pp_indices has them.
+
+    What does not divide goes to the stages before the last, one each, from the last but one.
+    """
+    counts = [layers // stages] * stages
+    for stage in range(layers % stages):
+        counts[-2 - stage] += 1
+    ends = list(accumulate(counts))
+    return [(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _in_place(name: str, stored: Stored) -> str:
+    """Return the name that a format's tensor has in the place of a weight's name."""
+    return name if stored is PLAIN[0] else name.removesuffix("weight") + stored.suffix
+
+
+def _joined(pieces: Sequence[list[Segment]], stored: Stored) -> list[Segment]:
+    """Join pieces along the rows of the weight; transposed, these are columns."""
+    if stored.transposed and len(pieces) > 1:
+        slices = [one for segments in pieces for one in segments if isinstance(one, Slice)]
+        return [Beside(tuple(slices))]
+    return [segment for segments in pieces for segment in segments]
+
+
+def _joined_shape(shapes: Sequence[tuple[int, ...]], stored: Stored) -> tuple[int, ...]:
+    if stored.per == (0, 0):
+        return (len(shapes),)
+    if stored.transposed:
+        return shapes[0][0], sum(shape[1] for shape in shapes)
+    return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+
 @overload
 def _numbered(rule: Tensor, placeholder: str, number: int) -> Tensor: ...
 @overload
@@ -366,6 +591,12 @@ def _numbered(rule: Tensor | Constant, placeholder: str, number: int) -> Tensor 
     return replace(rule, name=name, pieces=pieces)
 
 
+def _parts(stages: Sequence[Sequence[TargetTensor]], part_bytes: int) -> Iterator[PartPlan]:
+    for stage, targets in enumerate(stages):
+        for number, group in enumerate(_groups(targets, part_bytes)):
+            yield _part(group, number, stage, len(stages))
+
+
 def _groups(targets: Sequence[TargetTensor], part_bytes: int) -> Iterator[list[TargetTensor]]:
     group: list[TargetTensor] = []
     size = 0
@@ -378,7 +609,7 @@ def _groups(targets: Sequence[TargetTensor], part_bytes: int) -> Iterator[list[T
     yield group
 
 
-def _part(targets: Sequence[TargetTensor]) -> PartPlan:
+def _part(targets: Sequence[TargetTensor], number: int, stage: int, stages: int) -> PartPlan:
     """Order tensors so that all but small leftovers are aligned, and lay them back to back."""
     ordered = sorted(targets, key=_alignment_order)
     entries = []
@@ -386,7 +617,7 @@ def _part(targets: Sequence[TargetTensor]) -> PartPlan:
     for target in ordered:
         entries.append(TensorEntry(target.name, target.dtype, target.shape, offset, target.nbytes))
         offset += target.nbytes
-    return PartPlan(tuple(ordered), tuple(entries))
+    return PartPlan(tuple(ordered), tuple(entries), number, stage, stages)
 
 
 def _alignment_order(target: TargetTensor) -> tuple[bool, int]:

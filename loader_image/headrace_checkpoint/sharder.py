@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +15,20 @@ from typing import NamedTuple
 import numpy as np
 
 from headrace_checkpoint import digest
-from headrace_checkpoint.convert import STORAGE, Array, convert
+from headrace_checkpoint.convert import (
+    STORAGE,
+    Array,
+    convert,
+    finite,
+    fp8_elements,
+    fp8_scales,
+)
 from headrace_checkpoint.errors import (
     CheckpointError,
     ConfigInvalid,
     DigestMismatch,
     SourceChanged,
+    SourceCorrupt,
     StorageError,
 )
 from headrace_checkpoint.layouts import LAYOUTS
@@ -35,6 +43,7 @@ from headrace_checkpoint.manifest import (
 from headrace_checkpoint.places import find_place
 from headrace_checkpoint.planner import (
     DEFAULT_PART_BYTES,
+    Beside,
     Fill,
     PartPlan,
     Plan,
@@ -83,8 +92,9 @@ class ShardRequest:
     """What to make; `identity` is stored in the manifest and tells checkpoints apart.
 
     `source` is a directory, s3://BUCKET/PREFIX or hf://OWNER/NAME, of which `revision` is a branch,
-    tag or commit. `dtype` is auto, bfloat16, float16 or float32. The work is shared out to
-    `workers` processes, of which this is number `worker`.
+    tag or commit. `dtype` is auto, bfloat16, float16 or float32. `quantization` fp8 makes FP8 of an
+    unquantized model. The work is shared out to `workers` processes, of which this is number
+    `worker`.
     """
 
     source: Path | str
@@ -97,6 +107,9 @@ class ShardRequest:
     revision: str = "main"
     workers: int = 1
     worker: int = 0
+    pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,9 @@ def _make(request: ShardRequest, source: Source) -> ShardResult:
         "dtype": request.dtype,
         "layout": request.layout,
         "tensorParallelSize": request.tensor_parallel_size,
+        "pipelineParallelSize": request.pipeline_parallel_size,
+        "expertParallelSize": request.expert_parallel_size,
+        "quantization": request.quantization,
     }
     # The same as what a plan read back from JSON has.
     terms = json.loads(json.dumps(terms))
@@ -188,7 +204,8 @@ def _part_bytes(request: ShardRequest, checkpoint_plan: Plan) -> int:
     """Bytes at which parts are closed, so that there are some for every worker."""
     if request.part_bytes is not None:
         return request.part_bytes
-    share = checkpoint_plan.total_bytes // request.tensor_parallel_size // request.workers
+    ranks = request.tensor_parallel_size * request.pipeline_parallel_size
+    share = checkpoint_plan.total_bytes // ranks // request.workers
     return max(_SMALLEST_PART_BYTES, min(DEFAULT_PART_BYTES, share))
 
 
@@ -250,7 +267,11 @@ class _Worker:
             layout=self._request.layout,
             identity=dict(self._request.identity),
             architecture=self._plan.architecture,
-            parallelism=Parallelism(tensor=self._request.tensor_parallel_size),
+            parallelism=Parallelism(
+                tensor=self._request.tensor_parallel_size,
+                pipeline=self._request.pipeline_parallel_size,
+                expert=self._request.expert_parallel_size,
+            ),
             chunk_bytes=CHUNK_BYTES,
             parts=tuple(sorted(parts, key=lambda part: (part.rank, part.part))),
             files=copied_files(self._staging.plan["files"]),
@@ -270,9 +291,7 @@ class _Worker:
             if self._is_done(number):
                 return True
             plan_of_part = self._plan.parts[number]
-            parts = _write_part(
-                self._source, plan_of_part, number, self._staging.mine, executors, progress
-            )
+            parts = _write_part(self._source, plan_of_part, self._staging.mine, executors, progress)
             self._source.check_unchanged()
             self._staging.record(number, tuple(parts))
         log("part-written", part=number, **progress.fields())
@@ -330,6 +349,9 @@ def _plan(request: ShardRequest, source: Source) -> Plan:
     architecture = source.config.architecture(LAYOUTS[request.layout])
     source.open_weights()
     dtype = resolve_dtype(request.dtype, source.config, source.tensors)
+    quantize = request.quantization == "fp8"
+    if quantize:
+        source.config = source.config.quantized()
     checkpoint_plan = plan(
         architecture,
         source.config,
@@ -337,7 +359,11 @@ def _plan(request: ShardRequest, source: Source) -> Plan:
         tensor_parallel_size=request.tensor_parallel_size,
         dtype=dtype,
         part_bytes=request.part_bytes or DEFAULT_PART_BYTES,
+        pipeline_parallel_size=request.pipeline_parallel_size,
+        expert_parallel_size=request.expert_parallel_size,
+        quantize=quantize,
     )
+    source.config = source.config.serving(checkpoint_plan.quantized, checkpoint_plan.unquantized)
     for copy, original in checkpoint_plan.equal:
         _check_equal(source, copy, original)
     log(
@@ -345,6 +371,7 @@ def _plan(request: ShardRequest, source: Source) -> Plan:
         architecture=architecture.name,
         dtype=dtype,
         tensorParallelSize=request.tensor_parallel_size,
+        quantization=request.quantization,
         totalBytes=checkpoint_plan.total_bytes,
         parts=len(checkpoint_plan.parts),
         ignoredTensors=list(checkpoint_plan.ignored),
@@ -370,7 +397,7 @@ def _check_equal(source: Source, copy: str, original: str) -> None:
 
 
 def _copy(source: Source, name: str, directory: Path) -> CopiedFile:
-    content = source.read_small_file(name)
+    content = source.config.content if name == "config.json" else source.read_small_file(name)
     write_file(directory / name, content)
     return CopiedFile(name, len(content), hashlib.sha256(content).hexdigest())
 
@@ -378,18 +405,18 @@ def _copy(source: Source, name: str, directory: Path) -> CopiedFile:
 def _write_part(
     source: Source,
     part_plan: PartPlan,
-    number: int,
     directory: Path,
     executors: Executors,
     progress: Progress,
 ) -> list[Part]:
     """Write one part of all ranks side by side, so that each source block is read once."""
-    ranks = range(len(part_plan.tensors[0].by_rank))
     with ExitStack() as stack:
         writers = []
-        for rank in ranks:
-            path = directory / f"model-rank-{rank}-part-{number}.safetensors"
-            writer = PartWriter(path, rank, number, part_plan, digest.ALGORITHM, executors.writing)
+        for rank in part_plan.ranks:
+            path = directory / part_plan.file(rank)
+            writer = PartWriter(
+                path, rank, part_plan.number, part_plan, digest.ALGORITHM, executors.writing
+            )
             stack.callback(writer.close)
             writers.append(writer)
         for blocks in _read_ahead(source, part_plan, executors.reading):
@@ -409,10 +436,15 @@ class _Piece(NamedTuple):
     segment: Segment
 
     @property
-    def rows(self) -> tuple[str, tuple[int, int]] | None:
-        """Which rows of which source tensor it needs."""
-        segment = self.segment
-        return None if isinstance(segment, Fill) else (segment.source, segment.rows)
+    def rows(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+        """Which rows of which source tensors it needs."""
+        return tuple((one.source, one.rows) for one in _slices(self.segment))
+
+
+def _slices(segment: Segment) -> tuple[Slice, ...]:
+    if isinstance(segment, Beside):
+        return segment.slices
+    return () if isinstance(segment, Fill) else (segment,)
 
 
 _Blocks = list[tuple[int, Array]]
@@ -433,17 +465,40 @@ def _read_ahead(source: Source, part_plan: PartPlan, executor: Executor) -> Iter
 
 def _read(source: Source, pieces: list[_Piece], buffer: AlignedBuffer) -> _Blocks:
     """Read the rows that the pieces have in common, once, and cut and convert them."""
-    rows: Array | None = None
+    found: dict[str, Array] = {}
+    for name, rows in pieces[0].rows:
+        found[name] = source.read(name, rows, AlignedBuffer() if found else buffer)
     blocks = []
     for rank, dtype, segment in pieces:
         if isinstance(segment, Fill):
-            block, found = np.full(segment.elements, segment.value, STORAGE["F32"]), "F32"
-        else:
-            if rows is None:
-                rows = source.read(segment.source, segment.rows, buffer)
-            block, found = rows[:, slice(*segment.columns)], source.tensors[segment.source].dtype
-        blocks.append((rank, convert(block, found, dtype)))
+            fill = np.full(segment.elements, segment.value, STORAGE["F32"])
+            blocks.append((rank, convert(fill, "F32", dtype)))
+            continue
+        arrays = [_made(source, one, found[one.source], dtype) for one in _slices(segment)]
+        blocks.append((rank, arrays[0] if len(arrays) == 1 else np.hstack(arrays)))
     return blocks
+
+
+def _made(source: Source, wanted: Slice, rows: Array, dtype: str) -> Array:
+    """Cut and convert rows of a source tensor; raises SourceCorrupt for scales that are none."""
+    tensor = source.tensors[wanted.source]
+    if wanted.use.startswith("fp8"):
+        rows = convert(rows, tensor.dtype, wanted.dtype)
+        scales = fp8_scales(rows, wanted.dtype)
+        if not np.isfinite(scales).all():
+            raise SourceCorrupt(
+                f"{tensor.file}: tensor {wanted.source!r}: NaN or infinite in rows "
+                f"{wanted.rows[0]} to {wanted.rows[1] - 1}: FP8 needs finite weights"
+            )
+        made = scales if wanted.use == "fp8-scale" else fp8_elements(rows, wanted.dtype)
+        return made[:, slice(*wanted.columns)]
+    block = rows[:, slice(*wanted.columns)]
+    if wanted.use == "scale" and not finite(block, tensor.dtype):
+        raise SourceCorrupt(
+            f"{tensor.file}: tensor {wanted.source!r}: NaN or infinite in rows "
+            f"{wanted.rows[0]} to {wanted.rows[1] - 1}: scales must be finite; copy it again"
+        )
+    return convert(block, tensor.dtype, dtype)
 
 
 def _pieces(source: Source, part_plan: PartPlan) -> Iterator[_Piece]:
@@ -460,9 +515,13 @@ def _cut(source: Source, segments: Iterable[Segment]) -> Iterator[Segment]:
         if isinstance(segment, Fill):
             for begin in range(0, segment.elements, BLOCK_BYTES):
                 yield Fill(min(BLOCK_BYTES, segment.elements - begin), segment.value)
-        else:
+        elif isinstance(segment, Slice):
             for rows in _row_blocks(segment.rows, source.row_bytes(segment.source)):
-                yield Slice(segment.source, rows, segment.columns)
+                yield replace(segment, rows=rows)
+        else:
+            width = sum(source.row_bytes(one.source) for one in segment.slices)
+            for rows in _row_blocks(segment.slices[0].rows, width):
+                yield Beside(tuple(replace(one, rows=rows) for one in segment.slices))
 
 
 def _row_blocks(rows: tuple[int, int], row_bytes: int) -> Iterator[tuple[int, int]]:

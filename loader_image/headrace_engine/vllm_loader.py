@@ -193,12 +193,28 @@ def _check_features(vllm_config: "VllmConfig", model_config: "ModelConfig") -> N
         "a speculative draft model (set its own load format)": (
             model_config is not vllm_config.model_config
         ),
-        f"quantization {model_config.quantization}": model_config.quantization is not None,
+        f"quantization {model_config.quantization} (but FP8 per channel of compressed-tensors)": (
+            model_config.quantization is not None and not _is_fp8_per_channel(model_config)
+        ),
         "sleep mode": bool(model_config.enable_sleep_mode),
     }
     refused = [feature for feature, wanted in refusals.items() if wanted]
     if refused:
         raise Unsupported(f"--load-format headrace does not support {', '.join(refused)}")
+
+
+def _is_fp8_per_channel(model_config: "ModelConfig") -> bool:
+    """Whether post-processing leaves quantized weights where they are: it only transposes views.
+
+    FP8 per tensor is quantized anew in place where matrices are fused, integers are repacked.
+    """
+    found = getattr(model_config.hf_config, "quantization_config", None)
+    groups = found.get("config_groups") if isinstance(found, dict) else None
+    weights = [group["weights"] for group in groups.values()] if groups else []
+    return bool(weights) and all(
+        (one["type"], one["num_bits"], one["strategy"]) == ("float", 8, "channel")
+        for one in weights
+    )
 
 
 def _tie_again(model_config: "ModelConfig", names: Collection[str]) -> None:

@@ -118,10 +118,20 @@ BAD = {
         "ArchitectureUnsupported",
         '["GPT2LMHeadModel"]: none is supported; supported are DeepseekV2ForCausalLM, ',
     ),
-    "quantized": (
-        edit_config(quantization_config={"quant_method": "fp8"}),
+    "quantized in a way of its own": (
+        edit_config(quantization_config={"quant_method": "mxfp4"}),
         "ArchitectureUnsupported",
-        "quantization_config",
+        "quantization_config.quant_method: 'mxfp4': supported: 'fp8', 'compressed-tensors'",
+    ),
+    "said to be quantized": (
+        edit_config(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}),
+        "ArchitectureUnsupported",
+        f"'{QUERY}': dtype BF16: supported with fp8 per tensor are F8_E4M3",
+    ),
+    "header over 100 MB": (
+        replace_file(WEIGHTS, (100_000_001).to_bytes(8, "little") + b"{}"),
+        "SourceCorrupt",
+        "header length 100000001: must be at most 100000000",
     ),
     "no hidden size": (edit_config(hidden_size=None), "ConfigInvalid", "hidden_size: missing"),
     "parallel size does not divide": (

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace_checkpoint.convert import STORAGE, convert
+from headrace_checkpoint.convert import STORAGE, convert, fp8_elements, fp8_scales
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PAIRS = list(itertools.product(TORCH, repeat=2))
@@ -61,3 +61,35 @@ def test_strided_columns(source, target):
         our_bits(array[:, 2:5], source, target),
         our_bits(np.ascontiguousarray(array[:, 2:5]), source, target),
     )
+
+
+def torch_fp8(array, source):
+    """What vLLM's _fp8_channel_scale and _fp8_quant_per_channel compute, in torch."""
+    width = {2: np.int16, 4: np.int32}[array.itemsize]
+    weight = torch.from_numpy(np.ascontiguousarray(array).view(width)).view(TORCH[source])
+    largest = torch.tensor(448.0)
+    scale = weight.abs().amax(dim=-1, keepdim=True).to(torch.float32) / largest
+    scale = scale.clamp_min(1.0 / (largest * 512))
+    quantized = (weight / scale).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return quantized.view(torch.uint8).numpy(), scale.numpy()
+
+
+@pytest.mark.parametrize("source", TORCH)
+def test_fp8_of_numbers_all_over_the_range(source):
+    """Rows whose largest is 448 have scale 1, so that every rounding point is met."""
+    steps = np.arange(0, 449, 1 / 64, dtype=np.float32)
+    small = np.arange(-64, 65, dtype=np.float32) * 2.0**-12
+    row = np.concatenate([[448.0], steps, -steps, small, steps * 2.0**-8]).astype(np.float32)
+    array = np.vstack([row, row * 3, row * 1e-30, row * 0])
+    array = convert(array, "F32", source)
+    elements, scales = torch_fp8(array, source)
+    np.testing.assert_array_equal(fp8_scales(array, source), scales)
+    np.testing.assert_array_equal(fp8_elements(array, source), elements)
+
+
+@given(bits=st.lists(st.integers(0, 0xFFFF).filter(lambda b: b & 0x7F80 != 0x7F80), min_size=1))
+def test_fp8_of_any_finite_bfloat16(bits):
+    array = np.array([bits], dtype=np.uint16)
+    elements, scales = torch_fp8(array, "BF16")
+    np.testing.assert_array_equal(fp8_scales(array, "BF16"), scales)
+    np.testing.assert_array_equal(fp8_elements(array, "BF16"), elements)

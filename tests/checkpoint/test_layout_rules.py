@@ -32,10 +32,12 @@ from headrace_checkpoint.layouts.rules import (
 )
 from headrace_checkpoint.planner import SourceTensor, plan
 
-from .architectures import CASES
+from .architectures import CASES, FORMATS, SPLITS
+from .quantized_models import CONFIGS
 from .test_planner import carry_out
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+FORMAT_ROW = re.compile(r"^\| `([\w-]+)` \|.*\| ([\w, ]+) \| ([\d, ]+) \|$", re.MULTILINE)
 ROW = re.compile(r"\| `(\w+)` \|.*\| ([\d, ]+) \|$", re.MULTILINE)
 
 
@@ -232,7 +234,27 @@ def test_the_table_in_docs_is_what_the_equality_test_compares():
     documented = {
         name: {int(size) for size in sizes.split(", ")}
         for name, sizes in ROW.findall(DOCUMENT.read_text())
+        if name in VLLM
     }
     assert documented == compared
     assert documented.keys() == VLLM.keys()
     assert all(sizes >= {1, 2, 4} for sizes in documented.values())
+
+
+def test_every_class_is_compared_in_stages():
+    assert {case.architecture for case in SPLITS if case.pp > 1} == VLLM.keys()
+
+
+def test_the_formats_in_docs_are_what_the_equality_test_compares():
+    compared = {}
+    for case in FORMATS:
+        compared.setdefault(case.format, (set(), set()))
+        compared[case.format][0].add(case.architecture.removesuffix("ForCausalLM"))
+        compared[case.format][1].add(case.tp)
+    documented = {
+        name: (set(classes.split(", ")), {int(size) for size in sizes.split(", ")})
+        for name, classes, sizes in FORMAT_ROW.findall(DOCUMENT.read_text())
+        if name not in VLLM
+    }
+    assert documented == compared
+    assert documented.keys() == CONFIGS.keys() | {"fp8"}

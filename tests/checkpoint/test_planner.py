@@ -13,7 +13,14 @@ from headrace_checkpoint.dtypes import ITEM_BYTES
 from headrace_checkpoint.errors import ConfigInvalid, ParallelismInvalid, SourceCorrupt
 from headrace_checkpoint.layouts.dense import LLAMA
 from headrace_checkpoint.manifest import TENSOR_ALIGNMENT
-from headrace_checkpoint.planner import Fill, SourceTensor, plan, resolve_dtype
+from headrace_checkpoint.planner import (
+    Beside,
+    Fill,
+    SourceTensor,
+    plan,
+    resolve_dtype,
+    stage_layers,
+)
 
 from .conftest import tiny_llama
 
@@ -56,23 +63,27 @@ def sources_of(size, dtype="BF16"):
     }
 
 
+PARALLEL = ("pipeline_parallel_size", "expert_parallel_size")
+
+
 def make_plan(size, tp, part_bytes=10_000, **fields):
     return plan(
         LLAMA,
-        config_of(size, **fields),
+        config_of(size, **{k: v for k, v in fields.items() if k not in PARALLEL}),
         sources_of(size),
         tensor_parallel_size=tp,
         dtype="BF16",
         part_bytes=part_bytes,
+        **{k: v for k, v in fields.items() if k in PARALLEL},
     )
 
 
 def carry_out(checkpoint, arrays):
     """Evaluate a plan with numpy: one dictionary of tensors per rank."""
-    ranks = [{} for _ in range(checkpoint.tensor_parallel_size)]
+    ranks = [{} for _ in range(max(part.ranks.stop for part in checkpoint.parts))]
     for part in checkpoint.parts:
         for tensor in part.tensors:
-            for rank, segments in enumerate(tensor.by_rank):
+            for rank, segments in zip(part.ranks, tensor.by_rank, strict=True):
                 pieces = [segment_values(segment, arrays) for segment in segments]
                 ranks[rank][tensor.name] = np.concatenate(pieces).reshape(tensor.shape)
     return ranks
@@ -81,8 +92,12 @@ def carry_out(checkpoint, arrays):
 def segment_values(segment, arrays):
     if isinstance(segment, Fill):
         return np.full(segment.elements, segment.value)
+    if isinstance(segment, Beside):
+        rows = segment.slices[0].rows[1] - segment.slices[0].rows[0]
+        parts = [segment_values(one, arrays).reshape(rows, -1) for one in segment.slices]
+        return np.hstack(parts).ravel()
     array = arrays[segment.source]
-    matrix = array.reshape(array.shape[0], -1)
+    matrix = array.reshape(array.shape[0] if array.shape else 1, -1)
     return matrix[slice(*segment.rows), slice(*segment.columns)].ravel()
 
 
@@ -265,3 +280,55 @@ def test_undecidable_and_unknown_dtypes_are_refused():
         resolve_dtype("auto", config_of(size, torch_dtype=None), mixed)
     with pytest.raises(ConfigInvalid, match='torch_dtype: "int8"'):
         resolve_dtype("auto", config_of(size, torch_dtype="int8"), mixed)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "counts"),
+    [
+        (4, 1, [4]),
+        (4, 2, [2, 2]),
+        (3, 2, [2, 1]),
+        (4, 3, [1, 2, 1]),
+        (5, 3, [2, 2, 1]),
+        (61, 8, [7, 7, 8, 8, 8, 8, 8, 7]),
+    ],
+)
+def test_stages_have_the_layers_that_vllm_gives_them(layers, stages, counts):
+    ranges = stage_layers(layers, stages)
+    assert [end - begin for begin, end in ranges] == counts
+    assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
+
+
+@given(sizes(), st.sampled_from([1, 2]), st.sampled_from([2]))
+def test_stages_together_have_what_one_has(size, tp, stages):
+    if not divides(size, tp) or size.layers < stages:
+        return
+    arrays = arrays_of(size)
+    whole = carry_out(make_plan(size, tp), arrays)
+    staged = carry_out(make_plan(size, tp, pipeline_parallel_size=stages), arrays)
+    assert len(staged) == tp * stages
+    for rank, found in enumerate(whole):
+        first, last = staged[rank], staged[tp + rank]
+        assert first.keys() & last.keys() == set()
+        embedding = first.pop("model.embed_tokens.weight")
+        assert {**first, **last}.keys() == found.keys() - (
+            set() if size.tied else {"model.embed_tokens.weight"}
+        )
+        for name, array in {**first, **last}.items():
+            np.testing.assert_array_equal(array, found[name], err_msg=name)
+        name = "lm_head.weight" if size.tied else "model.embed_tokens.weight"
+        np.testing.assert_array_equal(embedding, found[name])
+
+
+def test_a_stage_without_layers_is_refused():
+    with pytest.raises(ParallelismInvalid, match="size 3: each stage needs a layer, and num_hid"):
+        make_plan(tiny_llama.Size(), 1, pipeline_parallel_size=3)
+
+
+@pytest.mark.parametrize(
+    ("tp", "experts", "message"),
+    [(4, 2, "size 2: must be 1 or the tensor parallel size, 4"), (2, 2, "has no experts; choose")],
+)
+def test_expert_ranks_that_cannot_be(tp, experts, message):
+    with pytest.raises(ParallelismInvalid, match=message):
+        make_plan(tiny_llama.Size(), tp, expert_parallel_size=experts)

@@ -3,7 +3,8 @@
     python vllm_truth.py REQUEST_JSON
 
 The request has "make": [{"family", "fields", "out"}, ...], "save": [{"model", "out", "tp",
-"dtype"}, ...] and "generate": [{"model", "load_format"}, ...].
+"pp", "ep", "dtype", "quantization"}, ...] and "generate": [{"model",
+"load_format", "quantization"}, ...].
 
 `make` makes tiny models, see tiny_models.py. Then the script prints MADE and waits for a
 line, so that its caller can cut checkpoints from them.
@@ -13,7 +14,11 @@ over gloo with one forked process per rank for all models of a size, model const
 weight loading, re-tying) and saves its state dict with vLLM's ShardedStateLoader before
 weights are post-processed:
 the CPU backend's post-processing replaces linear weights by packed ones. Only the engine
-core, which has no part in it, is left out.
+core, which has no part in it, is left out. On processors without AMX tiles vLLM refuses FP8 in
+blocks: its kernel, which comes after all that is compared, is told that it is supported.
+
+With "quantization" fp8_per_channel vLLM makes FP8 of an unquantized model while it loads it, and
+transposes the weights for its kernels; they are saved transposed back.
 
 `generate` answers a prompt greedily with plain vLLM and prints the token lists as JSON
 after the marker TOKENS.
@@ -32,13 +37,17 @@ from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.reload import finalize_layerwise_processing
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 PROMPT = [58, 7, 19, 33]
+
+CPUFp8BlockScaledMMKernel.is_supported = classmethod(lambda _cls, _capability=None: (True, None))
 
 
 def save_rank(jobs: list, rank: int, size: int, rendezvous: str) -> None:
@@ -49,24 +58,40 @@ def save_rank(jobs: list, rank: int, size: int, rendezvous: str) -> None:
         )
     for config, out in jobs:
         with set_current_vllm_config(config):
-            save_model(config, size, out)
+            save_model(config, out)
     parallel_state.destroy_distributed_environment()
 
 
-def save_model(config: VllmConfig, size: int, out: str) -> None:
-    parallel_state.initialize_model_parallel(size)
+def save_model(config: VllmConfig, out: str) -> None:
+    parallel = config.parallel_config
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    )
     with set_default_torch_dtype(config.model_config.dtype):
         model = initialize_model(vllm_config=config, model_config=config.model_config)
         DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
         maybe_retie_word_embeddings(model, config.model_config)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            finalize_layerwise_processing(model, config.model_config)
+    transpose_back(model)
     ShardedStateLoader.save_model(model, out)
     parallel_state.destroy_model_parallel()
+
+
+def transpose_back(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "weight_scale") and weight is not None and not weight.is_contiguous():
+            module.weight = torch.nn.Parameter(weight.t().contiguous(), requires_grad=False)
 
 
 def engine_config(job: dict) -> VllmConfig:
     return EngineArgs(
         model=job["model"],
         tensor_parallel_size=job["tp"],
+        pipeline_parallel_size=job["pp"],
+        enable_expert_parallel=job["ep"] > 1,
+        quantization=job["quantization"],
         dtype=job["dtype"],
         max_model_len=128,
         enforce_eager=True,
@@ -75,9 +100,9 @@ def engine_config(job: dict) -> VllmConfig:
 
 
 def save(jobs: list[dict], size: int) -> None:
-    """Save all models of one tensor parallel size with one set of processes."""
+    """Save all models of one number of ranks with one set of processes."""
     for job in jobs:
-        Path(job["out"]).mkdir(parents=True)
+        Path(job["out"]).mkdir(parents=True, exist_ok=True)
     configured = [(engine_config(job), job["out"]) for job in jobs]
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as directory:
@@ -92,7 +117,7 @@ def save(jobs: list[dict], size: int) -> None:
         for process in ranks:
             process.join()
         if any(process.exitcode for process in ranks):
-            raise SystemExit(f"vLLM failed at {size} ranks on {jobs}")
+            raise SystemExit(f"vLLM failed at {size} ranks")
 
 
 def import_here(model: str) -> None:
@@ -106,6 +131,7 @@ def generate(job: dict) -> list[int]:
     engine = LLM(
         model=job["model"],
         load_format=job["load_format"],
+        quantization=job["quantization"],
         enforce_eager=True,
         max_model_len=128,
         skip_tokenizer_init=True,
@@ -127,7 +153,7 @@ if __name__ == "__main__":
     sys.stdin.readline()
     for model in {item["model"] for item in request["save"]}:
         import_here(model)
-    for size in sorted({item["tp"] for item in request["save"]}):
-        save([item for item in request["save"] if item["tp"] == size], size)
+    for size in sorted({item["tp"] * item["pp"] for item in request["save"]}):
+        save([item for item in request["save"] if item["tp"] * item["pp"] == size], size)
     answers = [generate(item) for item in request["generate"]]
     sys.stdout.write(f"TOKENS {json.dumps(answers)}\n")

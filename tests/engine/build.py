@@ -65,10 +65,12 @@ def build(job: dict) -> dict:
         with LargestAllocation() as largest:
             model = loader.load_model(config, config.model_config)
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    linear = model.model.layers[0].self_attn.o_proj.weight
     rotary = model.model.layers[0].self_attn.rotary_emb
     cache = rotary._compute_cos_sin_cache().to(rotary.cos_sin_cache.dtype)
     return {
         "external": external,
+        "linear": [str(linear.dtype), bool(linear.numel()) and is_shared(linear)],
         "largest": largest.nbytes,
         "embedding_shared": is_shared(embedding),
         "norm_shared": is_shared(model.model.norm.weight),

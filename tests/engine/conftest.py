@@ -58,11 +58,16 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Shard a model; returns the checkpoint's directory."""
 
-    def make(model: Path, dtype: str = "auto", ranks: int = 1) -> Path:
+    def make(model: Path, dtype: str = "auto", ranks: int = 1, quantization: str = "none") -> Path:
         output = tmp_path_factory.mktemp("checkpoints") / "made"
         shard(
             ShardRequest(
-                source=model, output=output, tensor_parallel_size=ranks, identity={}, dtype=dtype
+                source=model,
+                output=output,
+                tensor_parallel_size=ranks,
+                identity={},
+                dtype=dtype,
+                quantization=quantization,
             )
         )
         return output

@@ -110,7 +110,8 @@ def found(
     tied = make_checkpoint(make_model(tied=True))
     large = make_checkpoint(make_model(vocab_size=32768, hidden_size=512, layers=1))
     float32 = make_checkpoint(make_model(dtype="float32"), "float32")
-    paths = {"plain": plain, "tied": tied, "large": large, "float32": float32}
+    fp8 = make_checkpoint(model, quantization="fp8")
+    paths = {"plain": plain, "tied": tied, "large": large, "float32": float32, "fp8": fp8}
     loaders = {name: start_loader(path, "--path", "Off") for name, path in paths.items()}
     jobs: dict[str, dict[str, Any]] = {
         name: {"model": str(path), "socket": str(loaders[name].socket)}
@@ -124,7 +125,7 @@ def found(
     return dict(zip(jobs, marked(output, "FOUND"), strict=True))
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "large", "float32"])
+@pytest.mark.parametrize("name", ["plain", "tied", "large", "float32", "fp8"])
 def test_the_model_is_made_of_shared_memory(found: dict[str, Any], name: str) -> None:
     assert "error" not in found[name], found[name]["error"]
     assert found[name]["embedding_shared"]
@@ -134,6 +135,10 @@ def test_the_model_is_made_of_shared_memory(found: dict[str, Any], name: str) ->
     assert found[name]["scale"] == 1.0
     assert found[name]["attributes_kept"]
     assert not found[name]["training"]
+
+
+def test_fp8_weights_stay_where_they_are(found: dict[str, Any]) -> None:
+    assert found["fp8"]["linear"] == ["torch.float8_e4m3fn", True]
 
 
 def test_no_weight_is_allocated(found: dict[str, Any]) -> None:

@@ -114,6 +114,21 @@ def test_a_failed_job_is_tried_again_when_the_spec_changes_but_not_its_replicas(
         assert kinds(result) == []
 
 
+def test_only_a_quantization_that_is_made_is_an_argument_of_the_job(build: SimpleNamespace) -> None:
+    """The Jobs of earlier versions stay as they are; the key differs in any case."""
+    names = set()
+    for quantization, arguments in (("none", []), ("fp8", ["--quantization", "fp8"])):
+        resource = build.resource({"model": {"quantization": quantization}})
+        observed = Observed(claim=build.claim(), source_claim=build.claim("models"))
+        job = of_kind(build.plan(resource, observed), "Job")
+        command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+        at = command.index("--layout")
+        assert command[at - len(arguments) : at] == arguments
+        assert ("--quantization" in command) == bool(arguments)
+        names.add(build.job_name(resource))
+    assert len(names) == 2
+
+
 def test_a_deleted_job_is_made_again_and_one_being_deleted_is_awaited(
     build: SimpleNamespace,
 ) -> None:

@@ -12,6 +12,7 @@ from headrace_checkpoint.layouts.rules import (
     Condition,
     Constant,
     Copy,
+    Equals,
     Flag,
     Piece,
     Size,
@@ -60,9 +61,15 @@ EXPLICIT_HEAD_DIM = {"head_dim": Size("head_dim")}
 """For families whose default in transformers is not hidden size / heads."""
 
 
-def whole(name: str, *shape: str, source: str | None = None, sparse: bool | None = None) -> Tensor:
+def whole(
+    name: str,
+    *shape: str,
+    source: str | None = None,
+    sparse: bool | None = None,
+    linear: bool = False,
+) -> Tensor:
     """A tensor that every rank has whole."""
-    return Tensor(name, (Piece(source or name, shape),), sparse=sparse)
+    return Tensor(name, (Piece(source or name, shape),), sparse=sparse, linear=linear)
 
 
 def norms(prefix: str, shape: str, *names: str) -> Rules:
@@ -71,16 +78,37 @@ def norms(prefix: str, shape: str, *names: str) -> Rules:
 
 
 def embedding(tied: Condition) -> Rules:
-    """The embedding; tied, vLLM's state dict has it under the smaller of its two names."""
+    """The embedding; tied, vLLM's state dict has it under the smaller of its two names.
+
+    The last pipeline stage has it as its head, the first one under its own name.
+    """
     return (
         replace(EMBEDDING, unless=tied),
-        replace(EMBEDDING, name="lm_head.weight", when=tied),
+        replace(EMBEDDING, when=tied, stage="first-not-last"),
+        replace(EMBEDDING, name="lm_head.weight", when=tied, stage="last"),
     )
 
 
 def head(tied: Condition) -> Rules:
     """The final norm and the head of its own where embeddings are not tied."""
     return (whole("model.norm.weight", "hidden"), replace(HEAD, unless=tied))
+
+
+def on_every_stage(*rules: Tensor) -> Rules:
+    """For modules that vLLM builds on every pipeline stage, needed there or not."""
+    return tuple(replace(rule, stage="all") for rule in rules)
+
+
+def embedding_on_every_stage(tied: Condition) -> Rules:
+    """The embedding of a class whose stages all have all that is outside of the layers."""
+    return on_every_stage(
+        replace(EMBEDDING, unless=tied), replace(EMBEDDING, name=HEAD.name, when=tied)
+    )
+
+
+def head_on_every_stage(tied: Condition) -> Rules:
+    """The final norm and the head of such a class."""
+    return on_every_stage(whole("model.norm.weight", "hidden"), replace(HEAD, unless=tied))
 
 
 def stored_twice(tied: Condition) -> tuple[Copy, ...]:
@@ -96,7 +124,8 @@ def qkv(kind: str, *columns: str, when: Condition | None = None) -> Tensor:
         Piece(f"{ATTENTION}.k_proj.{kind}", key, KV_HEADS),
         Piece(f"{ATTENTION}.v_proj.{kind}", key, KV_HEADS),
     )
-    return Tensor(f"{ATTENTION}.qkv_proj.{kind}", pieces, when=when)
+    linear = kind == "weight"
+    return Tensor(f"{ATTENTION}.qkv_proj.{kind}", pieces, when=when, linear=linear)
 
 
 def rows_parallel(
@@ -109,7 +138,7 @@ def rows_parallel(
 ) -> Tensor:
     """A weight whose input columns are split in units of `split`."""
     piece = Piece(f"{source or name}.weight", (rows, columns), Split(axis=1, unit=split))
-    return Tensor(f"{name}.weight", (piece,), sparse=sparse)
+    return Tensor(f"{name}.weight", (piece,), sparse=sparse, linear=True)
 
 
 def scales(attention: str) -> Rules:
@@ -118,12 +147,38 @@ def scales(attention: str) -> Rules:
     return tuple(Constant(f"{attention}.{name}", 1.0) for name in names)
 
 
+_CACHE_SCALES = ("k_scale", "q_scale", "v_scale")
+_METHOD = "quantization_config.quant_method"
+
+
+def cache_scales(attention: str) -> Rules:
+    """What two of vLLM's quantization methods have for scales of the cache, without values.
+
+    BaseKVCacheMethod and CompressedTensorsKVCacheMethod create them, and post-processing
+    takes them away.
+    """
+    fp8, compressed = Equals(_METHOD, "fp8"), Equals(_METHOD, "compressed-tensors")
+    zero_points = ("k_zero_point", "q_zero_point", "v_zero_point")
+    return (
+        *(
+            Constant(f"{attention}.{name}", -1.0, dtype=None, when=fp8)
+            for name in (*_CACHE_SCALES, "prob_scale")
+        ),
+        *(Constant(f"{attention}.{n}", 1.0, shape=(1,), when=compressed) for n in _CACHE_SCALES),
+        *(
+            Constant(f"{attention}.{name}", 0.0, dtype=None, shape=(1,), when=compressed)
+            for name in zero_points
+        ),
+    )
+
+
 def attention() -> Rules:
     """Grouped-query attention without biases."""
     return (
         qkv("weight", "hidden"),
         rows_parallel(f"{ATTENTION}.o_proj", "heads", "hidden", "heads*head_dim"),
         *scales(f"{ATTENTION}.attn"),
+        *cache_scales(f"{ATTENTION}.attn"),
     )
 
 
@@ -141,7 +196,7 @@ def mlp(
         Piece(f"{source}.up_proj.weight", (inner, "hidden"), rows),
     )
     return (
-        Tensor(f"{target}.gate_up_proj.weight", gate_up, sparse=sparse),
+        Tensor(f"{target}.gate_up_proj.weight", gate_up, sparse=sparse, linear=True),
         rows_parallel(f"{target}.down_proj", split, "hidden", inner, f"{source}.down_proj", sparse),
     )
 
@@ -159,6 +214,6 @@ def experts(
     down_piece = (Piece(f"{one}.{down}.weight", ("hidden", inner), columns),)
     routed = f"{module}.routed_experts"
     return (
-        Tensor(f"{routed}.w13_weight", gate_up, sparse=True, stack="experts"),
-        Tensor(f"{routed}.w2_weight", down_piece, sparse=True, stack="experts"),
+        Tensor(f"{routed}.w13_weight", gate_up, sparse=True, stack="experts", linear=True),
+        Tensor(f"{routed}.w2_weight", down_piece, sparse=True, stack="experts", linear=True),
     )

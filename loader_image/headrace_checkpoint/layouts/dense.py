@@ -14,9 +14,12 @@ from headrace_checkpoint.layouts.blocks import (
     TIED_BY_DEFAULT,
     attention,
     embedding,
+    embedding_on_every_stage,
     head,
+    head_on_every_stage,
     mlp,
     norms,
+    on_every_stage,
     qkv,
     stored_twice,
     whole,
@@ -79,9 +82,9 @@ GEMMA = replace(
     LLAMA,
     name="GemmaForCausalLM",
     sizes=SIZES | EXPLICIT_HEAD_DIM,
-    before_layers=embedding(TIED_BY_DEFAULT),
+    before_layers=embedding_on_every_stage(TIED_BY_DEFAULT),
     per_layer=(*attention(), *mlp(), *_NORMS),
-    after_layers=head(TIED_BY_DEFAULT),
+    after_layers=head_on_every_stage(TIED_BY_DEFAULT),
     copies=stored_twice(TIED_BY_DEFAULT),
 )
 
@@ -100,13 +103,13 @@ GEMMA3 = replace(
 GEMMA2 = replace(
     GEMMA,
     name="Gemma2ForCausalLM",
-    before_layers=(EMBEDDING,),
+    before_layers=on_every_stage(EMBEDDING),
     per_layer=(
         *attention(),
         *mlp(),
         *_NORMS,
         *_FEEDFORWARD_NORMS,
     ),
-    after_layers=(whole("model.norm.weight", "hidden"),),
+    after_layers=on_every_stage(whole("model.norm.weight", "hidden")),
 )
 """vLLM's module has no head: it uses the embedding, whatever config.json says of tying."""

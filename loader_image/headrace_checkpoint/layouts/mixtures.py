@@ -12,9 +12,12 @@ from headrace_checkpoint.layouts.blocks import (
     MLP,
     RECOMPUTED,
     SIZES,
+    TIED,
     Rules,
     attention,
+    embedding_on_every_stage,
     experts,
+    head_on_every_stage,
     mlp,
     norms,
     rows_parallel,
@@ -39,6 +42,8 @@ _MIXTRAL_MOE = f"{LAYER}.block_sparse_moe"
 MIXTRAL = replace(
     LLAMA,
     name="MixtralForCausalLM",
+    before_layers=embedding_on_every_stage(TIED),
+    after_layers=head_on_every_stage(TIED),
     sizes=SIZES | {"experts": Size("num_local_experts")},
     per_layer=(
         *attention(),
@@ -54,9 +59,14 @@ _ROUTER = whole(
 )
 """The experts module holds the router, and vLLM's state dict has it under that name."""
 
+_QWEN_ROUTER = replace(_ROUTER, linear=True)
+"""The one router that vLLM quantizes, unless config.json says otherwise, as publishers do."""
+
 QWEN3_MOE = replace(
     LLAMA,
     name="Qwen3MoeForCausalLM",
+    before_layers=embedding_on_every_stage(TIED),
+    after_layers=head_on_every_stage(TIED),
     sizes=SIZES
     | EXPLICIT_HEAD_DIM
     | {
@@ -67,7 +77,7 @@ QWEN3_MOE = replace(
         *attention(),
         *norms(ATTENTION, "head_dim", "q_norm", "k_norm"),
         *mlp(sparse=False),
-        _ROUTER,
+        _QWEN_ROUTER,
         *experts(f"{MLP}.experts", "expert_inner"),
         *_NORMS,
     ),
@@ -89,16 +99,15 @@ def _latent_attention() -> Rules:
     key_value_b = Piece(
         f"{ATTENTION}.kv_b_proj.weight", ("heads*nope+heads*value", "kv_rank"), HEADS
     )
+    low, full = _LOW_RANK_QUERY, _LATENT_ROWS
     return (
-        Tensor(
-            f"{ATTENTION}.fused_qkv_a_proj.weight", (query_a, _LATENT_ROWS), when=_LOW_RANK_QUERY
-        ),
-        Tensor(f"{_LATENT}.q_a_layernorm.weight", (query_norm,), when=_LOW_RANK_QUERY),
-        Tensor(f"{_LATENT}.q_b_proj.weight", (query_b,), when=_LOW_RANK_QUERY),
-        Tensor(f"{_LATENT}.q_proj.weight", (query,), unless=_LOW_RANK_QUERY),
-        Tensor(f"{ATTENTION}.kv_a_proj_with_mqa.weight", (_LATENT_ROWS,), unless=_LOW_RANK_QUERY),
+        Tensor(f"{ATTENTION}.fused_qkv_a_proj.weight", (query_a, full), when=low, linear=True),
+        Tensor(f"{_LATENT}.q_a_layernorm.weight", (query_norm,), when=low),
+        Tensor(f"{_LATENT}.q_b_proj.weight", (query_b,), when=low, linear=True),
+        Tensor(f"{_LATENT}.q_proj.weight", (query,), unless=low, linear=True),
+        Tensor(f"{ATTENTION}.kv_a_proj_with_mqa.weight", (full,), unless=low, linear=True),
         whole(f"{ATTENTION}.kv_a_layernorm.weight", "kv_rank"),
-        Tensor(f"{ATTENTION}.kv_b_proj.weight", (key_value_b,)),
+        Tensor(f"{ATTENTION}.kv_b_proj.weight", (key_value_b,), linear=True),
         rows_parallel(f"{_LATENT}.o_proj", "heads", "hidden", "heads*value", f"{ATTENTION}.o_proj"),
         *scales(f"{_LATENT}.mla_attn"),
     )

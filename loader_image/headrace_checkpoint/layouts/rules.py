@@ -6,6 +6,10 @@ stands for every layer. The planner is the only reader.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["first", "last", "first-not-last", "all"]
+"""Pipeline stages that have a tensor outside of the layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Equals:
-    """Holds where a field of config.json has this value."""
+    """Holds where a field of config.json has this value; `a.b` is field b of the object a."""
 
     field: str
     value: str
@@ -80,10 +84,12 @@ class Tensor:
     """A tensor of the engine: pieces joined along the first axis.
 
     With `stack`, the name of a size, it has that many such joints one after the other along
-    a new first axis, and `{index}` in a piece's source is the position. `dtype` is for
-    tensors whose element type is not the model's. It exists where `when` holds and
-    `unless` does not, and, with `sparse`, only in layers that have experts (true) or in
-    those that have none (false).
+    a new first axis, and `{index}` in a piece's source is the position; these are experts,
+    which expert parallel ranks have whole. `dtype` is for tensors whose element type is not
+    the model's. It exists where `when` holds and `unless` does not, and, with `sparse`, only
+    in layers that have experts (true) or in those that have none (false). `linear` are weights
+    that quantized formats store as other tensors. `stage` is for tensors outside of the
+    layers: without it, those before the layers are in the first, those after in the last.
     """
 
     name: str
@@ -93,14 +99,22 @@ class Tensor:
     sparse: bool | None = None
     stack: str | None = None
     dtype: str | None = None
+    linear: bool = False
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A tensor of the engine that no source holds: an F32 scalar of a fixed value."""
+    """A tensor of the engine that no source holds: elements of one value.
+
+    `dtype` None is the model's. It exists where `when` holds.
+    """
 
     name: str
     value: float
+    dtype: str | None = "F32"
+    shape: tuple[int, ...] = ()
+    when: Condition | None = None
 
 
 @dataclass(frozen=True, slots=True)

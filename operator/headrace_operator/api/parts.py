@@ -33,6 +33,7 @@ _OWNED_ARGS = {
     "--model": "set spec.model.source",
     "--load-format": "the weights come from the loader",
     "--dtype": "set spec.model.dtype",
+    "(--quantization|-q)": "set spec.model.quantization",
     "(--tensor-parallel-size|-tp)": "set spec.parallelism.tensorParallelSize",
     "(--pipeline-parallel-size|-pp)": "set spec.parallelism.pipelineParallelSize",
     "(--data-parallel-size|-dp)": "set spec.replicas",

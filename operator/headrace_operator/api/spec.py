@@ -77,8 +77,9 @@ class Model(Part):
     Part of the checkpoint's identity: change it with the files."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the weights; auto keeps the type that the model's config.json names."""
-    quantization: Literal["none"] = "none"
-    """Quantization of the weights; none is the only one in this version."""
+    quantization: Literal["none", "fp8"] = "none"
+    """What the shard Job makes of the weights: none keeps them as they are, quantized or not; fp8
+    makes FP8 of an unquantized model, with a scale for each output channel."""
 
 
 def _must_be_one(name: str) -> dict[str, Any]:

@@ -176,6 +176,7 @@ def _command(spec: ModelDeploymentSpec) -> list[str]:
         str(workers(spec)),
         "--dtype",
         spec.model.dtype,
+        *_quantization(spec),
         "--layout",
         identity(spec)["layout"],
         "--identity",
@@ -183,6 +184,12 @@ def _command(spec: ModelDeploymentSpec) -> list[str]:
         "--engine-cache-store",
         f"{WEIGHTS_PATH}/{engine_cache_path(spec)}",
     ]
+
+
+def _quantization(spec: ModelDeploymentSpec) -> list[str]:
+    """Nothing for none: what earlier versions have made keeps its Job."""
+    chosen = spec.model.quantization
+    return [] if chosen == "none" else ["--quantization", chosen]
 
 
 def _source(spec: ModelDeploymentSpec) -> list[str]:

@@ -74,7 +74,7 @@ RULES: list[tuple[dict[str, Any], str, list[str]]] = [
         ['"int8"', '"bfloat16"'],
     ),
     (
-        {"model": {"source": "pvc://c/x", "quantization": "fp8"}},
+        {"model": {"source": "pvc://c/x", "quantization": "int3"}},
         "spec.model.quantization",
         ['"fp8"', '"none"'],
     ),
