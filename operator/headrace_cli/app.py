@@ -1,10 +1,10 @@
-"""The commands of `headrace`; each is imported when it is used, so that --help and completion are quick."""
+"""The commands of `headrace`; each is imported when it is used, so that --help is quick."""
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from headrace_cli.external import KNOWN, external_command
 
@@ -18,7 +18,7 @@ _OWN = {
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*_OWN, *KNOWN, *super().list_commands(ctx)]
+        return sorted([*_OWN, *KNOWN, *super().list_commands(ctx)])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _OWN:
@@ -29,11 +29,12 @@ class _Commands(click.Group):
             return external_command(cmd_name)
         return super().get_command(ctx, cmd_name)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([*_OWN.items(), *KNOWN.items(), ("completion", _COMPLETION)])
 
 
+_SHELLS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 _COMPLETION = "Print the completion script of a shell."
 
 
@@ -51,12 +52,11 @@ def cli() -> None:
 
 
 @cli.command(short_help=_COMPLETION)
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(list(_SHELLS)))
 def completion(shell: str) -> None:
     """Print the completion script of a SHELL.
 
     For bash: source <(headrace completion bash)
     """
-    kind = get_completion_class(shell)
-    assert kind is not None
+    kind = _SHELLS[shell]
     click.echo(kind(cli, {}, "headrace", "_HEADRACE_COMPLETE").source())

@@ -41,8 +41,8 @@ def _main_of(name: str) -> Callable[[Sequence[str]], int]:
     points = entry_points(group=GROUP, name=name)
     if not points:
         raise Unavailable(
-            f"headrace {name}: belongs to the package headrace-loader, which is not installed here; "
-            f"install headrace-loader[loader] or run it in the loader's image"
+            f"headrace {name}: belongs to the package headrace-loader, which is not installed; "
+            "install headrace-loader[loader] or run it in the loader's image"
         )
     try:
         function: Callable[[Sequence[str]], int] = next(iter(points)).load()

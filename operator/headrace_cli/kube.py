@@ -6,6 +6,7 @@ can repeat the command.
 
 import asyncio
 import json
+import os
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -135,6 +136,8 @@ class Kube:
         )
         url, headers = str(prepared[1]), dict(prepared[2])
         session = self._client.rest_client.pool_manager
+        if session is None:  # made by the first request
+            raise Unavailable(f"{path}: not connected")
         received, began = bytearray(), set[int]()
         try:
             async with (
@@ -203,8 +206,8 @@ async def connect(target: Target) -> AsyncIterator[Kube]:
         namespace = await asyncio.wait_for(_configure(configuration, target), CREDENTIAL_SECONDS)
     except TimeoutError:
         raise Unavailable(
-            f"credentials: the kubeconfig's credential plugin gave none within {CREDENTIAL_SECONDS:g} s; "
-            "run it by hand to see why"
+            f"credentials: the kubeconfig's credential plugin gave none within "
+            f"{CREDENTIAL_SECONDS:g} s; run it by hand to see why"
         ) from None
     except (ConfigException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _credentials_fault(target, error) from error
@@ -223,10 +226,26 @@ def run(target: Target, work: Callable[[Kube], Awaitable[T]]) -> T:
     return asyncio.run(connected())
 
 
-async def _configure(configuration: Configuration, target: Target) -> str | None:
-    if target.kubeconfig is None and target.context is None and _IN_CLUSTER.exists():
-        load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+def _own_namespace() -> str | None:
+    """Return the namespace of the pod that this runs in; None outside of a cluster."""
+    try:
         return _IN_CLUSTER.with_name("namespace").read_text().strip()
+    except OSError:
+        return None
+
+
+def _check_kubeconfig(paths: str | None) -> None:
+    """Raise FileNotFoundError where none of the files is there; their reader would only log it."""
+    files = (paths or "~/.kube/config").split(os.pathsep)
+    if not any(Path(file).expanduser().is_file() for file in filter(None, files)):
+        raise FileNotFoundError("there is no such file")
+
+
+async def _configure(configuration: Configuration, target: Target) -> str | None:
+    if target.kubeconfig is None and target.context is None and _own_namespace() is not None:
+        load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        return _own_namespace()
+    _check_kubeconfig(target.kubeconfig)
     await load_kube_config(  # type: ignore[no-untyped-call]
         config_file=target.kubeconfig,
         context=target.context,
@@ -254,8 +273,8 @@ def _refusal(what: str, status: int, content: bytes) -> CommandFailed:
     explanation = message or content[:200].decode(errors="replace").strip() or f"status {status}"
     if status == 401:
         return NoPermission(
-            "the cluster does not accept the credentials (401): they have expired or are of another "
-            "cluster; log in again (on EKS: aws eks update-kubeconfig)"
+            "the cluster does not accept the credentials (401): they have expired or are of "
+            "another cluster; log in again (on EKS: aws eks update-kubeconfig)"
         )
     if status == 403:
         return NoPermission(f"no permission: {explanation}; ask for a role that allows it")

@@ -31,9 +31,11 @@ async def ask_loader(kube: Kube, pod: Mapping[str, Any], path: str) -> Object:
     except NoPermission as refused:
         content = await _by_forwarding(kube, pod, path, refused)
     try:
-        answer: Object = json.loads(content)
+        answer = json.loads(content)
     except ValueError:
-        raise Unavailable(f"pod {name_of(pod)}: {path} is no JSON: is this a loader?") from None
+        answer = None
+    if not isinstance(answer, dict):
+        raise Unavailable(f"pod {name_of(pod)}: {path} is no document: is this a loader?")
     return answer
 
 
@@ -65,7 +67,8 @@ async def _by_forwarding(
         answer = await kube.forward(f"{_path_of(pod)}/portforward", port, request)
     except CommandFailed as error:
         raise NoPermission(
-            f"pod {name_of(pod)}: its loader cannot be asked: {refused}; nor by port-forward: {error}"
+            f"pod {name_of(pod)}: its loader cannot be asked: {refused}; nor by port-forward: "
+            f"{error}"
         ) from None
     head, _, body = answer.partition(b"\r\n\r\n")
     if f" {HTTPStatus.OK.value} ".encode() not in head.partition(b"\r\n")[0] + b" ":

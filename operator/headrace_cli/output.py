@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import click
 from rich.console import Console
@@ -29,10 +28,10 @@ class Number(click.FloatRange):
         super().__init__(min=0, max=largest, min_open=True)
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """Return the number."""
-        number = float(super().convert(value, param, ctx))
+        number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]
         if not math.isfinite(number):
             self.fail(f"{value} is not a number", param, ctx)
         return number
@@ -43,7 +42,7 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def show(document: Any, form: str, draw: Callable[[Console], None]) -> None:
+def show(document: object, form: str, draw: Callable[[Console], None]) -> None:
     """Print a result as JSON, or let `draw` print it."""
     if form == JSON:
         click.echo(json.dumps(document, indent=2, sort_keys=False))

@@ -1,4 +1,4 @@
-"""`headrace timeline`: one cold start, from the cluster's, the loader's and the engine's records."""
+"""`headrace timeline`: one cold start, as cluster, loader and engine recorded it."""
 
 import json
 from collections.abc import Sequence
@@ -110,7 +110,9 @@ async def _log(kube: Kube, pod: Object) -> str:
 def _drawn(title: str, spans: Sequence[Span], form: str) -> str:
     match form:
         case "json":
-            return json.dumps({"title": title, "spans": [asdict(s) for s in spans]}, indent=2) + "\n"
+            return (
+                json.dumps({"title": title, "spans": [asdict(s) for s in spans]}, indent=2) + "\n"
+            )
         case "svg":
             return draw.svg(title, spans)
         case "html":

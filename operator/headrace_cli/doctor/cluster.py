@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from headrace_cli.doctor.finding import Finding, Grade
-from headrace_cli.errors import CommandFailed, KindMissing, NoPermission, NotFound, Unavailable
+from headrace_cli.errors import CommandFailed, KindMissing, NoPermission, NotFound
 from headrace_cli.kube import Kube
 from headrace_cli.sizing.hardware import capacity_fault
 from headrace_operator.api import API_VERSION, GROUP, PLURAL
@@ -16,7 +16,6 @@ from headrace_operator.cluster.kinds import (
     DEPLOYMENT,
     MODEL_DEPLOYMENT,
     NODE,
-    POD,
     VOLUME,
     Kind,
 )
@@ -140,7 +139,9 @@ async def _permissions(kube: Kube) -> list[Finding]:
     allowed = await asyncio.gather(
         *(kube.can_i(verb, group, kind, kube.namespace) for verb, group, kind, _ in asked)
     )
-    may = {(verb, group, kind): ok for (verb, group, kind, _), ok in zip(asked, allowed, strict=True)}
+    may = {
+        (verb, group, kind): ok for (verb, group, kind, _), ok in zip(asked, allowed, strict=True)
+    }
     found = [
         Finding(
             "permissions",
@@ -188,7 +189,7 @@ def _prepared(nodes: list[Any]) -> list[Finding]:
         states.setdefault(gds or "not checked", []).append(name_of(node))
     found = []
     for state, names in sorted(states.items()):
-        shown = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")  # noqa: PLR2004
+        shown = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
         if state == "verified":
             found.append(Finding("GPUDirect", Grade.OK, f"verified on {shown}"))
             continue
@@ -234,7 +235,9 @@ def _storage_class(found: Mapping[str, Any]) -> list[Finding]:
     elif text(parameters, "deploymentType") != "PERSISTENT_2":
         wrong.append(("EFA needs deploymentType PERSISTENT_2", "set it in parameters"))
     elif not text(parameters, "metadataConfigurationMode"):
-        wrong.append(("EFA needs a metadata configuration", "set metadataConfigurationMode: AUTOMATIC"))
+        wrong.append(
+            ("EFA needs a metadata configuration", "set metadataConfigurationMode: AUTOMATIC")
+        )
     if text(parameters, "s3ImportPath") and text(parameters, "deploymentType") == "PERSISTENT_2":
         fix = "link the bucket by a data repository association (infra/fsx.yaml)"
         wrong.append(("PERSISTENT_2 cannot be linked to S3 by the StorageClass", fix))
@@ -254,9 +257,7 @@ async def _volumes(kube: Kube) -> list[Finding]:
         text(m, "spec", "volume", "existingClaim", "name") for m in models
     }
     return [
-        finding
-        for name in sorted(filter(None, names))
-        for finding in await _volume(kube, name)
+        finding for name in sorted(filter(None, names)) for finding in await _volume(kube, name)
     ]
 
 

@@ -45,7 +45,7 @@ class Instance:
     """An instance type with EFA and GPUs.
 
     `gpu_bytes` is of one GPU, `nic_gbps` of one EFA device, `pcie` in bytes/s per GPU.
-    `cards` are the network cards that carry EFA. `price` in $ per hour, on demand.
+    `price` in $ per hour, on demand.
     """
 
     gpus: int
@@ -64,7 +64,8 @@ INSTANCES = {
     # Prices of the two P6: third-party listings, us-west-2.
     "p6-b200.48xlarge": Instance(8, "B200", 179 * 10**9, 8, 400, price=113.93),
     "p6-b300.48xlarge": Instance(8, "B300", 268 * 10**9, 16, 400, price=142.416),
-    "p6e-gb200.36xlarge": Instance(4, "GB200", 185 * 10**9, 8, 400, "arm64"),
+    # An UltraServer of 18 has 28.8 Tbps: 4 x 400 Gbps each.
+    "p6e-gb200.36xlarge": Instance(4, "GB200", 185 * 10**9, 4, 400, "arm64"),
 }
 
 CLIENT_BYTES_PER_SECOND = 150e9

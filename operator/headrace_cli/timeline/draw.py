@@ -30,7 +30,7 @@ def svg(title: str, spans: Sequence[Span]) -> str:
     height = _TOP + _LANE * len(spans) + 12
     scale = (_WIDTH - _LABELS - 150) / length
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"',
         f'font-family="system-ui, sans-serif" font-size="12"><title>{escape(title)}</title>',
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
         f'<text x="8" y="18" font-size="14" font-weight="600">{escape(title)}</text>',
@@ -45,7 +45,7 @@ def svg(title: str, spans: Sequence[Span]) -> str:
         hint = f"{span.lane}: {span.name}: {label}"
         parts += [
             f'<text x="8" y="{top + 15}" fill="#333">{escape(f"{span.lane}: {span.name}")}</text>',
-            f'<rect x="{x:.1f}" y="{top + 3}" width="{width:.1f}" height="{_LANE - 8}" rx="2" '
+            f'<rect x="{x:.1f}" y="{top + 3}" width="{width:.1f}" height="{_LANE - 8}" rx="2"',
             f'fill="{colour}"><title>{escape(hint)}</title></rect>',
             f'<text x="{x + width + 5:.1f}" y="{top + 15}" fill="#555">{escape(label)}</text>',
         ]
@@ -61,7 +61,8 @@ def html(title: str, spans: Sequence[Span]) -> str:
         for s in spans
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title>"
         "<style>body{font:14px system-ui,sans-serif;margin:2rem;max-width:1100px}"
         "td,th{padding:2px 12px 2px 0;text-align:left;font-variant-numeric:tabular-nums}</style>"
         f"</head><body>\n{svg(title, spans)}\n<p>{_seconds(length)} in all. Times that Kubernetes "
@@ -119,7 +120,7 @@ def _axis(length: float, scale: float, height: int) -> list[str]:
         x = _LABELS + seconds * scale
         parts += [
             f'<line x1="{x:.1f}" y1="{_TOP - 8}" x2="{x:.1f}" y2="{height - 6}" stroke="#ddd"/>',
-            f'<text x="{x:.1f}" y="{_TOP - 12}" fill="#777" text-anchor="middle">'
+            f'<text x="{x:.1f}" y="{_TOP - 12}" fill="#777" text-anchor="middle">',
             f"{_seconds(seconds)}</text>",
         ]
     return parts

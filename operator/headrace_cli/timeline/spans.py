@@ -98,7 +98,10 @@ def _note(facts: Mapping[str, Any]) -> str:
 
 # What engines write when a phase has ended, with its seconds; vLLM 0.32.
 _PHASES = (
-    ("attach weights", re.compile(r"headrace: attached rank=(?P<rank>\d+).* seconds=(?P<s>[\d.]+)")),
+    (
+        "attach weights",
+        re.compile(r"headrace: attached rank=(?P<rank>\d+).* seconds=(?P<s>[\d.]+)"),
+    ),
     ("load model", re.compile(r"Model loading took .* and (?P<s>[\d.]+) seconds")),
     ("compile", re.compile(r"torch\.compile took (?P<s>[\d.]+) s in total")),
     ("capture graphs", re.compile(r"Graph capturing finished in (?P<s>\d+) secs")),
