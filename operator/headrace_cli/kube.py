@@ -19,6 +19,7 @@ import click
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 from kubernetes.aio.config.kube_config import list_kube_config_contexts
+from yaml import YAMLError
 
 from headrace_cli.errors import CommandFailed, KindMissing, NoPermission, NotFound, Unavailable
 from headrace_operator.cluster.kinds import Kind
@@ -29,6 +30,7 @@ CREDENTIAL_SECONDS = 30.0
 """A credential plugin such as `aws eks get-token` asks the network, too."""
 PAGE_SIZE = 500
 _MAX_BYTES = 8 << 20
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 _FORWARDING = "v4.channel.k8s.io"
 _DATA = 0
 _IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
@@ -209,7 +211,7 @@ async def connect(target: Target) -> AsyncIterator[Kube]:
             f"credentials: the kubeconfig's credential plugin gave none within "
             f"{CREDENTIAL_SECONDS:g} s; run it by hand to see why"
         ) from None
-    except (ConfigException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ConfigException, OSError, YAMLError, *_MALFORMED) as error:
         raise _credentials_fault(target, error) from error
     async with ApiClient(configuration) as client:
         client.user_agent = "headrace-cli"
@@ -260,7 +262,9 @@ async def _configure(configuration: Configuration, target: Target) -> str | None
 
 def _credentials_fault(target: Target, error: Exception) -> CommandFailed:
     where = f"kubeconfig {target.kubeconfig or '~/.kube/config'}"
-    reason = str(error).strip("'\"") or type(error).__name__
+    # The reader of kubeconfigs lets whatever malformed ones cause pass through.
+    malformed = isinstance(error, (YAMLError, *_MALFORMED)) or not str(error)
+    reason = "is malformed" if malformed else str(error).rstrip(".")
     return Unavailable(f"{where}: {reason}; set KUBECONFIG or --context to a cluster you can reach")
 
 

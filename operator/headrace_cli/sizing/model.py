@@ -138,16 +138,16 @@ def _bytes_per_parameter(config: Mapping[str, object], dtype: str) -> float:
         return {**_DTYPE_BYTES, **_QUANTIZED_BYTES}[dtype]
     quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping):
-        method = quantization.get("quant_method")
+        method = str(quantization.get("quant_method"))
         if method not in _QUANTIZED_BYTES:
             raise InputInvalid(
                 f"config.json: quantization_config.quant_method: {method!r}: its size is not "
                 "known; give the size with --model-gb"
             )
-        return _QUANTIZED_BYTES[str(method)]
-    named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        return _QUANTIZED_BYTES[method]
+    named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if named not in _DTYPE_BYTES:
         raise InputInvalid(
             f"config.json: torch_dtype: {named!r}: must be one of {', '.join(_DTYPE_BYTES)}"
         )
-    return _DTYPE_BYTES[str(named)]
+    return _DTYPE_BYTES[named]
