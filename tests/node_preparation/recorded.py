@@ -83,8 +83,15 @@ class RecordedNode:
         self.root = root / "sysroot"
         modules = {"nvidia-fs": "2.29.4"} if gds else {}
         self.state = {
-            **{"calls": [], "failing": {}, "lnet": False, "nets": [], "down": []},
-            **{"preferred": False, "peers": False, "modules": modules, "parameters": {}},
+            "calls": [],
+            "failing": {},
+            "lnet": False,
+            "nets": [],
+            "down": [],
+            "preferred": False,
+            "peers": False,
+            "modules": modules,
+            "parameters": {},
             "gds": "Supported" if gds else "Unsupported",
         }
         version = "2023" if system == "amzn" else "1.2"

@@ -36,7 +36,7 @@ def test_recorded_node_is_prepared_and_verified(recorded_node):
     calls = node.calls()
     assert calls.index("modprobe kefalnd ipif_name=enp71s0") < calls.index("lnetctl lnet configure")
     assert calls.index("lnetctl udsp add --src efa --priority 0") < calls.index("modprobe lustre")
-    added = [call for call in node.calls("net add --net efa")]
+    added = node.calls("net add --net efa")
     assert added[0] == "lnetctl net add --net efa --if rdmap100s0 --peer-credits 128 --cpt [0]"
     assert added[3].endswith("--if rdmap103s0 --peer-credits 128 --cpt [1]")
 
