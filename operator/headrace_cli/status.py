@@ -1,6 +1,7 @@
 """The state of ModelDeployments as one document: conditions, pods, stages, loaders' progress."""
 
 import asyncio
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from headrace_cli.kube import Kube, Object
 from headrace_cli.loaders import ask_loader, is_loader_running
 from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, POD
 from headrace_operator.plan.failures import failures_of
-from headrace_operator.plan.names import COMPONENT_LABEL, OWNER_LABEL, SERVE
+from headrace_operator.plan.names import COMPONENT_LABEL, OWNER_LABEL, SERVE, SHARD
 from headrace_operator.plan.objects import (
     condition_of,
     integer,
@@ -22,6 +23,7 @@ from headrace_operator.plan.objects import (
 from headrace_operator.plan.serving_pod import ENGINE
 
 _ASKED_AT_A_TIME = 16
+_LOG_LINES = 50
 _NOT_INSTALLED = (
     "the cluster serves no ModelDeployments; install the chart: helm install headrace "
     "charts/headrace -n headrace-system --create-namespace"
@@ -104,7 +106,11 @@ async def _pod(kube: Kube, pod: Object, slots: asyncio.Semaphore) -> Object:
         "problem": f"{failures[0].reason}: {failures[0].message}" if failures else None,
         "loader": None,
         "loaderProblem": None,
+        "sharding": None,
     }
+    if document["stage"] == "shard":
+        async with slots:
+            document["sharding"] = await _sharding(kube, pod)
     if component == SERVE and is_loader_running(pod):
         try:
             async with slots:
@@ -112,6 +118,29 @@ async def _pod(kube: Kube, pod: Object, slots: asyncio.Semaphore) -> Object:
         except CommandFailed as error:
             document["loaderProblem"] = str(error)
     return document
+
+
+async def _sharding(kube: Kube, pod: Object) -> Object | None:
+    """Return how far a shard pod is, from its log; None where that cannot be read."""
+    path = f"{POD.path(text(pod, 'metadata', 'namespace'), name_of(pod))}/log"
+    query = {"container": SHARD, "tailLines": str(_LOG_LINES)}
+    try:
+        content = await kube.read(path, query)
+    except CommandFailed:
+        return None
+    return shard_progress(content.decode(errors="replace"))
+
+
+def shard_progress(log: str) -> Object | None:
+    """Return the last report of a sharder's log that says how many bytes are done."""
+    for line in reversed(log.splitlines()):
+        try:
+            report = json.loads(line)
+        except ValueError:
+            continue
+        if integer(report, "totalBytes") and "bytes" in report:
+            return {key: report.get(key) for key in ("bytes", "totalBytes", "mibPerSecond")}
+    return None
 
 
 def stage_of(pod: Mapping[str, Any]) -> str:

@@ -109,6 +109,8 @@ def _pod(pod: Object) -> list[RenderableType]:
     for problem in (pod["problem"], pod["loaderProblem"]):
         if problem:
             line.append(f"\n        {problem}", "yellow")
+    if pod["sharding"]:
+        return [line, _shard_bar(pod["sharding"])]
     loader = pod["loader"]
     if not loader:
         return [line]
@@ -116,6 +118,20 @@ def _pod(pod: Object) -> list[RenderableType]:
     path = "path not decided" if direct is None else "GPUDirect" if direct else "no GPUDirect"
     line.append(f"  {loader.get('phase', '?')}, {path}", "dim")
     return [line, _bars(loader)]
+
+
+def _shard_bar(sharding: Object) -> RenderableType:
+    total, done = sharding["totalBytes"], sharding["bytes"] or 0
+    rate = sharding["mibPerSecond"]
+    table = Table.grid(padding=(0, 1))
+    table.add_row(
+        "       shards",
+        ProgressBar(total=total, completed=done, width=_BAR_WIDTH),
+        f"{100 * done / total:3.0f} %",
+        f"{bytes_text(done)} of {bytes_text(total)}",
+        "" if rate is None else f"{bytes_text(rate * (1 << 20))}/s",
+    )
+    return table
 
 
 def _bars(loader: Object) -> RenderableType:
