@@ -5,11 +5,10 @@ its entry point; it has what this image does without.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-
-from headrace_checkpoint.cli import parser as checkpoint_parser
 
 DEFAULT_URL = "http://127.0.0.1:9400"
 
@@ -28,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    try:
+        from headrace_checkpoint.cli import parser as checkpoint_parser
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"headrace: {error.name} is missing; install headrace-loader[loader]\n")
+        return os.EX_UNAVAILABLE
     parser, commands = checkpoint_parser()
     load = commands.add_parser(
         "load",

@@ -120,3 +120,21 @@ def test_a_defect_is_no_traceback(headrace, monkeypatch):
     ran = headrace("plan", "--model-gb=1")
     assert ran.code == os.EX_SOFTWARE
     assert "ZeroDivisionError" in ran.err
+
+
+def test_the_loaders_script_gives_what_it_has_not_to_the_command_line(monkeypatch, capsys):
+    from headrace_loader import command
+
+    point = EntryPoint("main", "headrace_cli.__main__:main", "headrace.cli")
+    monkeypatch.setattr(command, "entry_points", lambda **_: EntryPoints([point]))
+    assert command.main(["plan", "--published"]) == 0
+    assert "AWS measured" in capsys.readouterr().out
+    assert command.main(["verify", "/nowhere"]) == os.EX_DATAERR
+
+
+def test_the_loaders_script_without_its_own_dependencies(monkeypatch, capsys):
+    from headrace_loader import command
+
+    monkeypatch.setitem(sys.modules, "headrace_checkpoint.cli", None)
+    assert command.main(["shard"]) == os.EX_UNAVAILABLE
+    assert "install headrace-loader[loader]" in capsys.readouterr().err
