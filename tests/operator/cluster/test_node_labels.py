@@ -4,7 +4,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from headrace_node.errors import PublishFailed
 from headrace_node.facts import gather
 from headrace_node.host import Host, Outcome
 from headrace_node.publish import Cluster, labels, publish
-from headrace_operator.cluster.kinds import NODE, POD
+from headrace_operator.cluster.kinds import NODE, POD, Kind
 
 CHART = Path(__file__).parents[3] / "charts/headrace"
 
@@ -76,6 +76,53 @@ def change(account: Cluster, node: str, body: dict[str, Any]) -> int:
     except urllib.error.HTTPError as error:
         with error:
             return error.code
+
+
+FEATURES = Kind("NodeFeature", "nfd.k8s-sigs.io", "v1alpha1", "nodefeatures")
+
+
+@pytest.fixture
+def features(cluster: Any, eventually: Callable[..., Any], kube: Any) -> Iterator[None]:
+    """The kind NodeFeature, as node-feature-discovery would bring it."""
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {"name": "v1alpha1", "served": True, "storage": True}
+    crd = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": "nodefeatures.nfd.k8s-sigs.io",
+            "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"},
+        },
+        "spec": {
+            "group": "nfd.k8s-sigs.io",
+            "scope": "Namespaced",
+            "names": {"kind": "NodeFeature", "plural": "nodefeatures"},
+            "versions": [{**version, "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(crd))
+    cluster.kubectl("wait", "--for=condition=Established", "crd/nodefeatures.nfd.k8s-sigs.io")
+    yield
+    cluster.kubectl("delete", "crd", "nodefeatures.nfd.k8s-sigs.io")
+
+
+def test_a_node_feature_is_applied_where_there_are_any(
+    account: Cluster,
+    kube: Any,
+    node: str,
+    tmp_path: Path,
+    features: None,
+    eventually: Callable[..., Any],
+) -> None:
+    facts = gather(Host(tmp_path, lambda _: Outcome(127, "")))
+
+    def is_applied() -> Any:
+        publish(account, node, facts)  # the kind is served a moment after it is established
+        return kube.get(FEATURES, f"headrace-{node}", "headrace-system")
+
+    feature = eventually(is_applied, "the NodeFeature")
+    assert feature["spec"]["labels"] == labels(facts)
+    assert feature["metadata"]["labels"] == {"nfd.node.kubernetes.io/node-name": node}
 
 
 def test_the_policy_and_the_labels(
