@@ -6,10 +6,11 @@ can repeat the command.
 
 import asyncio
 import json
+import logging
 import os
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -236,6 +237,22 @@ def _own_namespace() -> str | None:
         return None
 
 
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """Collect what the client logs: it goes on without credentials where a plugin fails."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("kubernetes.aio.config.kube_config")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
 def _check_kubeconfig(paths: str | None) -> None:
     """Raise FileNotFoundError where none of the files is there; their reader would only log it."""
     files = (paths or "~/.kube/config").split(os.pathsep)
@@ -248,11 +265,17 @@ async def _configure(configuration: Configuration, target: Target) -> str | None
         load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         return _own_namespace()
     _check_kubeconfig(target.kubeconfig)
-    await load_kube_config(  # type: ignore[no-untyped-call]
-        config_file=target.kubeconfig,
-        context=target.context,
-        client_configuration=configuration,
-    )
+    with _complaints() as complaints:
+        await load_kube_config(  # type: ignore[no-untyped-call]
+            config_file=target.kubeconfig,
+            context=target.context,
+            client_configuration=configuration,
+        )
+    if complaints:
+        raise NoPermission(
+            f"credentials: the kubeconfig's credential plugin failed: {complaints[-1]}; log in "
+            "again (on AWS: aws sso login, or renew the keys)"
+        )
     contexts, current = list_kube_config_contexts(  # type: ignore[no-untyped-call]
         config_file=target.kubeconfig
     )

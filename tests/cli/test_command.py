@@ -115,6 +115,44 @@ def test_unusable_kubeconfigs(headrace, tmp_path, command, kubeconfig, words):
     assert ran.err.count("\n") == 1
 
 
+PLUGIN = """\
+apiVersion: v1
+kind: Config
+current-context: it
+clusters: [{name: it, cluster: {server: "https://127.0.0.1:9"}}]
+contexts: [{name: it, context: {cluster: it, user: it}}]
+users:
+- name: it
+  user:
+    exec:
+      apiVersion: client.authentication.k8s.io/v1
+      command: %s
+      args: [-c, "echo 'The SSO session has expired' >&2; exit 255"]
+      interactiveMode: Never
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "words"), [("sh", "The SSO session has expired"), ("no-such-program", "no-such")]
+)
+def test_a_credential_plugin_that_fails_is_one_sentence(headrace, tmp_path, program, words):
+    path = tmp_path / "kubeconfig"
+    path.write_text(PLUGIN % program)
+    ran = headrace("status", "--kubeconfig", path)
+    assert ran.code == os.EX_NOPERM
+    assert "credential plugin failed" in ran.err
+    assert words in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_a_context_that_is_not_there(headrace, tmp_path):
+    path = tmp_path / "kubeconfig"
+    path.write_text(PLUGIN % "true")
+    ran = headrace("status", "--kubeconfig", path, "--context=other")
+    assert ran.code == os.EX_UNAVAILABLE
+    assert "other" in ran.err
+
+
 def test_a_defect_is_no_traceback(headrace, monkeypatch):
     monkeypatch.setattr("headrace_cli.plan_command.predict", lambda _: 1 / 0)
     ran = headrace("plan", "--model-gb=1")

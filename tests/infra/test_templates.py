@@ -1,6 +1,7 @@
 """The CloudFormation templates: clean for cfn-lint and cfn-guard, with the planner's numbers."""
 
 import json
+import re
 from pathlib import Path
 
 import cfn_guard_rs
@@ -98,7 +99,12 @@ def test_every_instance_has_a_preset_that_the_template_takes():
     presets = [json.loads(path.read_text()) for path in sorted(INFRA.glob("presets/*.json"))]
     named = [{p["ParameterKey"]: p["ParameterValue"] for p in preset} for preset in presets]
     assert {preset["InstanceType"] for preset in named} == set(allowed) == set(INSTANCES)
-    assert all(preset.keys() <= template("nodes.yaml")["Parameters"].keys() for preset in named)
+    parameters = template("nodes.yaml")["Parameters"]
+    needed = {name for name, parameter in parameters.items() if "Default" not in parameter}
+    for preset in named:
+        assert needed <= preset.keys() <= parameters.keys()
+        for name, value in preset.items():
+            assert re.search(parameters[name].get("AllowedPattern", ""), value), name
 
 
 def test_no_interface_but_the_first_has_an_address():
