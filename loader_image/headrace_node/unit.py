@@ -17,7 +17,10 @@ _WAIT_SECONDS = 120
 
 
 def net_add(device: EfaDevice) -> tuple[str, ...]:
-    """Return the command that gives LNet an EFA device, near its own processors."""
+    """Return the command that gives LNet an EFA device, near its own processors.
+
+    Lustre makes a CPU partition (cpt) of each NUMA node, unless libcfs is told otherwise.
+    """
     near = () if device.numa < 0 else ("--cpt", f"[{device.numa}]")
     peer_credits = ("--peer-credits", str(PEER_CREDITS))
     return ("lnetctl", "net", "add", "--net", "efa", "--if", device.name, *peer_credits, *near)
@@ -61,8 +64,16 @@ WantedBy=multi-user.target
 
 
 def modprobe_options(facts: Facts) -> str:
-    """Return the options of the modules: the interface that EFA finds its peers over."""
-    return f"options kefalnd ipif_name={facts.ethernet}\n"
+    """Return the options of the modules, for the next time they are loaded.
+
+    kefalnd finds its peers over the interface; the others are AWS's advice for EKS nodes
+    ("Optimize Amazon FSx for Lustre performance on nodes").
+    """
+    return (
+        f"options kefalnd ipif_name={facts.ethernet}\n"
+        "options ptlrpc ptlrpcd_per_cpt_max=64\n"
+        "options ksocklnd credits=2560\n"
+    )
 
 
 def modules(facts: Facts) -> str:

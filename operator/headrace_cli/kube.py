@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -272,8 +273,10 @@ async def _configure(configuration: Configuration, target: Target) -> str | None
             client_configuration=configuration,
         )
     if complaints:
+        # The client shows the plugin's standard error as Python writes bytes.
+        why = re.sub(r"\bb(['\"])(.*)\1", r"\2", complaints[-1])
         raise NoPermission(
-            f"credentials: the kubeconfig's credential plugin failed: {complaints[-1]}; log in "
+            f"credentials: the kubeconfig's credential plugin failed: {why}; log in "
             "again (on AWS: aws sso login, or renew the keys)"
         )
     contexts, current = list_kube_config_contexts(  # type: ignore[no-untyped-call]

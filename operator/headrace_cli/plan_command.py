@@ -24,6 +24,7 @@ from headrace_cli.sizing.predict import (
     FileSystem,
     Node,
     Prediction,
+    capacity_within,
     predict_load,
     predict_shard,
 )
@@ -54,6 +55,7 @@ class Inputs:
     shard_gbps: float
     node_price: float | None
     storage_price: float | None
+    within: float | None
 
 
 @click.command(short_help="Predict load time, shard time and cost.")
@@ -95,6 +97,7 @@ class Inputs:
 )
 @click.option("--node-price", type=_PRICE, help="$ per hour of the instance.")
 @click.option("--storage-price", type=_PRICE, help="$ per GB-month of the file system.")
+@click.option("--within", type=Number(86400), help="Also: the capacity for a load of so many s.")
 @click.option("--published", is_flag=True, help="Compare with what AWS published, and end.")
 @output_option
 def command(output: str, published: bool, **options: object) -> None:
@@ -128,6 +131,7 @@ def predict(inputs: Inputs) -> dict[str, Any]:
         "shard": _prediction(shard),
         "cost": _cost(inputs, load),
         "fits": _fits(inputs),
+        "capacityGiBWithin": _capacity_within(inputs, node),
     }
 
 
@@ -157,6 +161,7 @@ def _inputs(options: Mapping[str, Any]) -> Inputs:
         shard_gbps=options["shard_gbps"],
         node_price=options["node_price"] or kind.price,
         storage_price=options["storage_price"] or TIERS[tier].price,
+        within=options["within"],
     )
 
 
@@ -216,6 +221,20 @@ def _cost(inputs: Inputs, load: Prediction) -> dict[str, float | None]:
     }
 
 
+def _capacity_within(inputs: Inputs, node: Node) -> int | None:
+    if inputs.within is None:
+        return None
+    found = capacity_within(
+        inputs.total_bytes, inputs.within, inputs.tier, node, replicas=inputs.replicas
+    )
+    if found is None or found > MAX_CAPACITY_GIB:
+        raise UsageWrong(
+            f"--within {inputs.within:g}: no file system is that fast for this model and node; "
+            "allow more time, or use more GPUs and network cards"
+        )
+    return found
+
+
 def _fits(inputs: Inputs) -> dict[str, Any]:
     kind: Instance = INSTANCES[inputs.instance]
     per_gpu = inputs.total_bytes / inputs.gpus
@@ -246,6 +265,8 @@ def _draw(console: Console, inputs: Inputs, document: dict[str, Any]) -> None:
             table.add_row(limit["name"], rate, seconds_text(limit["seconds"]))
         console.print(table)
     console.print()
+    if inputs.within is not None:
+        console.print(f"within {inputs.within:g} s: {document['capacityGiBWithin']} GiB")
     _draw_cost(console, document["cost"])
     _draw_fit(console, document["fits"])
 

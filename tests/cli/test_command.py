@@ -133,7 +133,8 @@ users:
 
 
 @pytest.mark.parametrize(
-    ("program", "words"), [("sh", "The SSO session has expired"), ("no-such-program", "no-such")]
+    ("program", "words"),
+    [("sh", "returned 255. The SSO session has expired;"), ("no-such-program", "no-such")],
 )
 def test_a_credential_plugin_that_fails_is_one_sentence(headrace, tmp_path, program, words):
     path = tmp_path / "kubeconfig"

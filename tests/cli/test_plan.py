@@ -81,6 +81,19 @@ def test_replicas_share_the_file_system_and_nothing_else():
     assert warm.bottleneck.name.startswith("one client")
 
 
+def test_the_capacity_for_a_time_is_the_smallest_that_keeps_it(headrace):
+    options = ("plan", "--model=llama-3.1-405b", "-ojson")
+    capacity = json.loads(headrace(*options, "--within=10").out)["capacityGiBWithin"]
+    at = [
+        json.loads(headrace(*options, "--capacity-gib", size).out)["load"]["seconds"]
+        for size in (capacity, capacity - 4800)
+    ]
+    assert at[0] <= 10 < at[1]
+    ran = headrace(*options, "--within=1")
+    assert (ran.code, ran.out) == (os.EX_USAGE, "")
+    assert "no file system is that fast" in ran.err
+
+
 def test_few_network_cards_are_the_bottleneck():
     load = predict_load(10**12, STORAGE, Node(8, 1, 200, 55e9))
     assert load.bottleneck.name == "1 network cards of 200 Gbps"

@@ -7,6 +7,7 @@ the slowest of them sets the time. The file system is shared by all replicas tha
 others are each node's own.
 """
 
+import math
 from dataclasses import dataclass
 
 from headrace_cli.sizing.hardware import CLIENT_BYTES_PER_SECOND, GIB_PER_TIB, TIERS
@@ -99,6 +100,23 @@ def predict_load(
     limits.sort(key=lambda limit: -limit.seconds)
     seconds = limits[0].seconds
     return Prediction(seconds, tuple(limits), total_bytes / seconds)
+
+
+def capacity_within(
+    total_bytes: int, seconds: float, tier: int, node: Node, *, replicas: int = 1
+) -> int | None:
+    """Return the smallest EFA file system, in GiB, that `replicas` load from within `seconds`.
+
+    None where something else than the file system takes longer, whatever its size.
+    """
+    if seconds <= FIXED_SECONDS:
+        return None
+    needed = total_bytes * replicas / ((seconds - FIXED_SECONDS) * EFFICIENCY)
+    step = TIERS[tier].efa_step
+    per_step = FileSystem(step, tier).disk_rate
+    capacity = max(1, math.ceil(needed / per_step)) * step
+    found = predict_load(total_bytes, FileSystem(capacity, tier), node, replicas=replicas)
+    return capacity if found.seconds <= seconds else None
 
 
 def predict_shard(

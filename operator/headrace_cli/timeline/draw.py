@@ -13,6 +13,8 @@ _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#
 _LANE = 24
 _LABELS = 210
 _WIDTH = 1100
+_NOTES = 260
+_NOTE_CHARACTERS = 30
 _TOP = 46
 _TICKS = 8
 _TEXT_COLUMNS = 48
@@ -28,7 +30,7 @@ def svg(title: str, spans: Sequence[Span]) -> str:
     """Draw one row for each span, grouped by lane, on one axis of seconds."""
     begin, length = _extent(spans)
     height = _TOP + _LANE * len(spans) + 12
-    scale = (_WIDTH - _LABELS - 150) / length
+    scale = (_WIDTH - _LABELS - _NOTES) / length
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"',
         f'font-family="system-ui, sans-serif" font-size="12"><title>{escape(title)}</title>',
@@ -41,10 +43,11 @@ def svg(title: str, spans: Sequence[Span]) -> str:
         top = _TOP + row * _LANE
         colour = _COLOURS[lanes.index(span.lane) % len(_COLOURS)]
         x, width = _LABELS + (span.begin - begin) * scale, max(2.0, span.seconds * scale)
-        label = f"{_seconds(span.seconds)} {span.note}".strip()
-        hint = f"{span.lane}: {span.name}: {label}"
+        label = f"{_seconds(span.seconds)} {span.note[:_NOTE_CHARACTERS]}".strip()
+        hint = f"{_name(span)}: {_seconds(span.seconds)} {span.note}".strip()
         parts += [
-            f'<text x="8" y="{top + 15}" fill="#333">{escape(f"{span.lane}: {span.name}")}</text>',
+            f'<text x="8" y="{top + 15}" fill="#333">',
+            f"{escape(_name(span)[:_NOTE_CHARACTERS])}</text>",
             f'<rect x="{x:.1f}" y="{top + 3}" width="{width:.1f}" height="{_LANE - 8}" rx="2"',
             f'fill="{colour}"><title>{escape(hint)}</title></rect>',
             f'<text x="{x + width + 5:.1f}" y="{top + 15}" fill="#555">{escape(label)}</text>',
@@ -97,15 +100,19 @@ def chrome_trace(spans: Sequence[Span]) -> Mapping[str, Any]:
 def lines(spans: Sequence[Span]) -> str:
     """Draw the spans as bars of text on one scale, at least one column each."""
     begin, length = _extent(spans)
-    label = max(len(f"{span.lane}: {span.name}") for span in spans)
+    label = max(len(_name(span)) for span in spans)
     drawn = []
     for span in spans:
         left = min(int((span.begin - begin) / length * _TEXT_COLUMNS), _TEXT_COLUMNS - 1)
         width = min(max(1, round(span.seconds / length * _TEXT_COLUMNS)), _TEXT_COLUMNS - left)
         bar = f"{' ' * left}{'█' * width}".ljust(_TEXT_COLUMNS)
-        name = f"{span.lane}: {span.name}".ljust(label)
+        name = _name(span).ljust(label)
         drawn.append(f"{name} |{bar}| {_seconds(span.seconds):>9} {span.note}".rstrip())
     return "\n".join(drawn)
+
+
+def _name(span: Span) -> str:
+    return f"{span.lane}: {span.name}"
 
 
 def _extent(spans: Sequence[Span]) -> tuple[float, float]:
