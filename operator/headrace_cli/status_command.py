@@ -48,16 +48,17 @@ def command(
 
 
 async def _watch(kube: Kube, names: tuple[str, ...], interval: float, output: str) -> None:
-    """Draw again and again; in JSON one line for each change."""
-    to, last = console(), None
-    with Live(console=to, auto_refresh=False, transient=False) as live:
+    """Draw again and again; in JSON print a line for each change."""
+    if output == JSON:
+        last = None
         async for document in _documents(kube, names, interval):
-            if output == JSON:
-                if document != last:
-                    click.echo(json.dumps(document))
-                last = document
-            else:
-                live.update(render(document), refresh=True)
+            if document != last:
+                click.echo(json.dumps(document))
+            last = document
+        return
+    with Live(console=console(), auto_refresh=False) as live:
+        async for document in _documents(kube, names, interval):
+            live.update(render(document), refresh=True)
 
 
 async def _documents(kube: Kube, names: tuple[str, ...], interval: float) -> AsyncIterator[Object]:

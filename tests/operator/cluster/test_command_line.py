@@ -256,22 +256,24 @@ def test_doctor_finds_what_is_missing_and_says_the_fix(
 
 
 def test_doctor_finds_an_operator_that_is_ready(
-    world: Any, kube: Any, headrace: Callable[..., Ran], eventually: Any
+    world: Any, kube: Any, kubelet: Any, headrace: Callable[..., Ran], eventually: Any
 ) -> None:
     labels = {"app.kubernetes.io/name": "headrace-operator"}
     template = {
         "metadata": {"labels": labels},
         "spec": {"containers": [{"name": "operator", "image": "x"}]},
     }
-    spec = {"replicas": 0, "selector": {"matchLabels": labels}, "template": template}
+    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
     name = {"name": "headrace", "namespace": world.namespace, "labels": labels}
     kube.create(DEPLOYMENT, {"metadata": name, "spec": spec})
-    ready = {"status": {"replicas": 1, "readyReplicas": 1, "availableReplicas": 1}}
+    (pod,) = eventually(lambda: kube.list(POD, world.namespace), "the operator's pod")
+    ready = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    kubelet.write(pod, {"phase": "Running", "conditions": [ready]})
 
     def is_ready() -> bool:
-        # Its controller soon writes that there are none.
-        kube.patch(DEPLOYMENT, "headrace", world.namespace, ready, "status")
-        out = headrace("doctor", "-n", world.namespace).out
-        return f"✔ operator: {world.namespace}/headrace is ready" in out
+        found = world.kube.get(DEPLOYMENT, "headrace", world.namespace)
+        return bool(found["status"].get("readyReplicas"))
 
-    assert eventually(is_ready, "the operator to be found ready")
+    eventually(is_ready, "the operator to be ready")
+    ran = headrace("doctor", "-n", world.namespace)
+    assert f"✔ operator: {world.namespace}/headrace is ready" in ran.out
