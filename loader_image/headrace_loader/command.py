@@ -1,16 +1,37 @@
-"""The `headrace` command: the sharder's commands, and `load`, which runs or watches a loader."""
+"""The `headrace` command: the sharder's commands, and `load`, which runs or watches a loader.
+
+Where the command line for people is installed, too, it takes all other words, found by
+its entry point; it has what this image does without.
+"""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
-
-from headrace_checkpoint.cli import parser as checkpoint_parser
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 
 DEFAULT_URL = "http://127.0.0.1:9400"
 
 
+_OWN = ("shard", "verify", "load")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in _OWN:
+        for point in entry_points(group="headrace.cli", name="main"):
+            command: Callable[[Sequence[str]], int] = point.load()
+            return command(given)
+    return _run(given)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        from headrace_checkpoint.cli import parser as checkpoint_parser
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"headrace: {error.name} is missing; install headrace-loader[loader]\n")
+        return os.EX_UNAVAILABLE
     parser, commands = checkpoint_parser()
     load = commands.add_parser(
         "load",

@@ -1,6 +1,9 @@
 """A model served on a real node: the answer, the confinement, the death of its engine."""
 
+import json
 import re
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -76,6 +79,49 @@ def test_engine_started_only_after_the_weights_were_resident(model):
     assert resident < attached
     assert size == loader_status(pod)["totalBytes"]
     assert engine["restartCount"] == 0
+
+
+def headrace(model, *arguments, kubeconfig=None):
+    """What the command line prints as JSON."""
+    target = ("-n", model.namespace, f"--kubeconfig={kubeconfig or model.cluster.kubeconfig}")
+    command = [sys.executable, "-m", "headrace_cli", *arguments, *target, "--output=json"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_command_line_shows_the_cold_start_of_a_real_pod(model):
+    (shown,) = headrace(model, "status", model.name)["modelDeployments"]
+    pod = next(pod for pod in shown["pods"] if pod["component"] == "serve")
+    assert (shown["ready"], pod["stage"], pod["loader"]["phase"]) == (True, "ready", "Ready")
+    spans = headrace(model, "timeline", model.name)["spans"]
+    lanes = {span["lane"] for span in spans}
+    assert {"sharding", "pod", "loader", "rank 0 on host", "engine"} <= lanes
+    engine = [span["name"] for span in spans if span["lane"] == "engine"]
+    assert engine[:2] == ["start process", "attach weights"]
+    assert {"initialize engine", "serving"} <= set(engine)
+    findings = headrace(model, "doctor")["findings"]
+    assert {f["check"]: f["grade"] for f in findings}["operator"] == "ok"
+
+
+def test_command_line_asks_the_loader_by_port_forward_where_the_proxy_is_not_allowed(model):
+    reads = {"apiGroups": ["headrace.dev"], "resources": ["modeldeployments"], "verbs": ["list"]}
+    pods = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}
+    # Websockets ask for get, and from Kubernetes 1.35 on for create as well.
+    forward = {"apiGroups": [""], "resources": ["pods/portforward"], "verbs": ["get", "create"]}
+    meta = {"name": "forwarder", "namespace": model.namespace}
+    role = {"kind": "Role", "metadata": meta, "rules": [reads, pods, forward]}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "forwarder"}
+    subjects = [{"kind": "User", "name": "forwarder", "apiGroup": "rbac.authorization.k8s.io"}]
+    binding = {"kind": "RoleBinding", "metadata": meta, "roleRef": reference, "subjects": subjects}
+    for body in (role, binding):
+        versioned = {"apiVersion": "rbac.authorization.k8s.io/v1", **body}
+        model.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(versioned))
+    kubeconfig = model.cluster.kubeconfig_for("forwarder")
+    (shown,) = headrace(model, "status", kubeconfig=kubeconfig)["modelDeployments"]
+    pod = next(pod for pod in shown["pods"] if pod["component"] == "serve")
+    assert pod["loaderProblem"] is None
+    assert pod["loader"]["totalBytes"] == loader_status(serving_pod(model))["totalBytes"]
 
 
 def test_what_the_engine_compiled_is_on_the_volume(site, model):

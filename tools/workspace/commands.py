@@ -23,10 +23,12 @@ CRD = "headrace_operator.api.crd"
 MODEL_VALUES = "charts/headrace-model/ci/tiny-values.yaml"
 PACKAGES = (
     "operator/headrace_operator",
+    "operator/headrace_cli",
     "loader_image/headrace_checkpoint",
     "loader_image/headrace_handover",
     "loader_image/headrace_loader",
     "loader_image/headrace_engine",
+    "loader_image/headrace_node",
     "tools/kube/localkube",
     "tools/workspace",
     "tools/imagebuild",

@@ -24,8 +24,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "dev.txt": (
         *("--group", "test", "--group", "lint", "--group", "engine"),
         *("operator/pyproject.toml", "loader_image/pyproject.toml", "--extra", "loader"),
-        *("--extra", "sources"),
+        *("--extra", "sources", "--extra", "cli"),
     ),
+    "cli.txt": ("operator/pyproject.toml", "--extra", "cli"),
 }
 
 

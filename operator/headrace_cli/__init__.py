@@ -1,0 +1,1 @@
+"""The command line for people: `headrace`, and the same as `kubectl headrace`."""

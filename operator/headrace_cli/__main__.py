@@ -1,0 +1,78 @@
+"""Runs a command and turns whatever happens into one sentence and an exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from headrace_cli.app import cli
+from headrace_cli.errors import EXIT_INTERRUPTED, CommandFailed
+
+_TRACE = "HEADRACE_TRACE"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `headrace`; returns the exit code."""
+    return _run("headrace", arguments)
+
+
+def kubectl_main() -> int:
+    """Run `kubectl headrace`; returns the exit code."""
+    return _run("kubectl headrace", None)
+
+
+def complete_kubectl() -> int:
+    """Complete `kubectl headrace`: kubectl runs kubectl_complete-headrace with the words so far.
+
+    Protocol: one completion a line, then ":4", cobra's directive not to offer files.
+    """
+    from click.shell_completion import ShellComplete
+
+    *words, incomplete = sys.argv[1:] or [""]
+    completer = ShellComplete(cli, {}, "headrace", "_HEADRACE_COMPLETE")
+    for item in completer.get_completions(words, incomplete):
+        click.echo(f"{item.value}\t{item.help}" if item.help else item.value)
+    click.echo(":4")
+    return 0
+
+
+def _run(name: str, arguments: Sequence[str] | None) -> int:
+    try:
+        result = cli.main(
+            list(sys.argv[1:] if arguments is None else arguments),
+            prog_name=name,
+            complete_var="_HEADRACE_COMPLETE",
+            standalone_mode=False,
+        )
+    except click.UsageError as error:
+        context = error.ctx
+        hint = f"; see {context.command_path} --help" if context is not None else ""
+        return _failed(f"{error.format_message().rstrip('.')}{hint}", os.EX_USAGE)
+    except click.ClickException as error:
+        return _failed(error.format_message(), os.EX_DATAERR)
+    except CommandFailed as error:
+        return _failed(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception as error:  # noqa: BLE001 - a user can do nothing with a traceback
+        if os.environ.get(_TRACE):
+            traceback.print_exc()
+        kind = type(error).__name__
+        return _failed(
+            f"defect: {kind}: {error}; set {_TRACE}=1 for the trace and report it", os.EX_SOFTWARE
+        )
+    return result if isinstance(result, int) else 0
+
+
+def _failed(message: str, code: int) -> int:
+    click.echo(f"headrace: {' '.join(message.split())}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is wrong with a cluster or a node, and the fix."""

@@ -1,0 +1,1 @@
+"""A cold start as spans of time, and their drawings."""
