@@ -23,9 +23,15 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 ARCHITECTURES = Path(__file__).parents[2] / "docs" / "architectures.md"
 READ_BY_VLLM = [
     *(Case(name, 1) for name in ("plain", "tied", "odd", "qwen3-moe")),
-    *(Case("llama-wide", 1, form=form) for form in ("ct-fp8-channel", "gptq", "awq")),
+    Case("llama-wide", 1, form="ct-fp8-channel"),
     Case("llama-wide", 1, quantization="fp8"),
 ]
+LOADED_BY_VLLM = [
+    *(Case("llama-wide", 2, form=form) for form in ("gptq", "awq", "fp8-block")),
+    Case("mixtral", 2, pp=2, ep=2),
+]
+"""What vLLM's CPU build can load on any processor, and compute on some."""
+
 CACHE_SCALE = re.compile(r"\.attn\.[kqv]_(scale|zero_point)$")
 ROUTERS = ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
 
@@ -114,16 +120,11 @@ def both(tmp_path_factory):
         for name, (family, fields) in OTHERS.items()
     ]
     save = [
-        {
-            "model": str(models / case.source),
-            "out": str(theirs / str(case)),
-            "tp": case.tp,
-            "pp": case.pp,
-            "ep": case.ep,
-            "dtype": case.dtype,
-            "quantization": case.online,
-        }
-        for case in CASES
+        *(save_job(case, models / case.source, theirs / str(case)) for case in CASES),
+        *(
+            save_job(case, ours / str(case), theirs / f"{case}-loaded", "sharded_state")
+            for case in LOADED_BY_VLLM
+        ),
     ]
     generate = [
         {"model": str(model), "load_format": load_format, "quantization": online}
@@ -137,6 +138,19 @@ def both(tmp_path_factory):
     answers = iter(ask_vllm(request, root / "stderr", lambda: shard_models(models, ours)))
     tokens = {case: (next(answers), next(answers)) for case in READ_BY_VLLM}
     return Both(ours, theirs, tokens)
+
+
+def save_job(case, model, out, load_format="auto"):
+    return {
+        "model": str(model),
+        "out": str(out),
+        "tp": case.tp,
+        "pp": case.pp,
+        "ep": case.ep,
+        "dtype": case.dtype,
+        "quantization": case.online,
+        "load_format": load_format,
+    }
 
 
 def rank_tensors(directory, rank, case):
@@ -165,6 +179,14 @@ def test_every_rank_equals_vllm_bit_for_bit(both, case):
             ours = {n: t for n, t in ours.items() if not CACHE_SCALE.search(n)}
         assert {n: t[:2] for n, t in ours.items()} == {n: t[:2] for n, t in theirs.items()}
         assert [n for n in theirs if ours[n] != theirs[n]] == []
+
+
+@pytest.mark.parametrize("case", LOADED_BY_VLLM, ids=name_of)
+def test_plain_vllm_loads_it_whole(both, case):
+    """With the config.json of the checkpoint it makes the parameters that the files hold."""
+    for rank in range(case.tp * case.pp):
+        ours = rank_tensors(both.ours / str(case), rank, case)
+        assert rank_tensors(both.theirs / f"{case}-loaded", rank, case) == ours
 
 
 @pytest.mark.parametrize("case", READ_BY_VLLM, ids=str)

@@ -3,7 +3,7 @@
     python vllm_truth.py REQUEST_JSON
 
 The request has "make": [{"family", "fields", "out"}, ...], "save": [{"model", "out", "tp",
-"pp", "ep", "dtype", "quantization"}, ...] and "generate": [{"model",
+"pp", "ep", "dtype", "quantization", "load_format"}, ...] and "generate": [{"model",
 "load_format", "quantization"}, ...].
 
 `make` makes tiny models, see tiny_models.py. Then the script prints MADE and waits for a
@@ -38,7 +38,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_processing
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -69,7 +69,7 @@ def save_model(config: VllmConfig, out: str) -> None:
     )
     with set_default_torch_dtype(config.model_config.dtype):
         model = initialize_model(vllm_config=config, model_config=config.model_config)
-        DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
+        get_model_loader(config.load_config).load_weights(model, config.model_config)
         maybe_retie_word_embeddings(model, config.model_config)
         if any(parameter.is_meta for parameter in model.parameters()):
             finalize_layerwise_processing(model, config.model_config)
@@ -92,6 +92,7 @@ def engine_config(job: dict) -> VllmConfig:
         pipeline_parallel_size=job["pp"],
         enable_expert_parallel=job["ep"] > 1,
         quantization=job["quantization"],
+        load_format=job["load_format"],
         dtype=job["dtype"],
         max_model_len=128,
         enforce_eager=True,
