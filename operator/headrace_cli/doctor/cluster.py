@@ -19,6 +19,7 @@ from headrace_operator.cluster.kinds import (
     VOLUME,
     Kind,
 )
+from headrace_operator.plan.fsx import DRIVER
 from headrace_operator.plan.objects import (
     condition_of,
     integer,
@@ -28,7 +29,6 @@ from headrace_operator.plan.objects import (
     text,
 )
 from headrace_operator.plan.serving_pod import GPU_RESOURCE
-from headrace_operator.plan.volume import DRIVER
 
 CRD = Kind(
     "CustomResourceDefinition",
