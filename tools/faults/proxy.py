@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PASSED_ON = ("Authorization", "Content-Type", "Accept", "User-Agent")
+# Longer than a client under test waits; the server's end waits for those that hang.
+HANG_SECONDS = 8.0
 _LIMITS = aiohttp.ClientTimeout(total=None, sock_connect=5)
 
 
@@ -128,7 +130,7 @@ class Proxy:
                 if harm.unless(answer.status):
                     return web.Response(body=content, status=answer.status, headers=_kept(answer))
         if harm.hang:
-            await asyncio.Event().wait()
+            await asyncio.sleep(HANG_SECONDS)
         if harm.status is None:
             return _broken(request)
         body = {"kind": "Status", "status": "Failure", "message": harm.message}
