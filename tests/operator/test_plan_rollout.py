@@ -71,6 +71,9 @@ def test_a_template_that_proved_itself_is_remembered(
 ) -> None:
     known = given_up.rolling["metadata"]["annotations"]
     assert known[STABLE] == given_up.stable["metadata"]["annotations"][HASH] != known[HASH]
+    done = live(given_up.rolling, DONE, replicas=4, updatedReplicas=4, readyReplicas=4)
+    body = body_of(build.plan(given_up.new, build.world(given_up.new, deployment=done)))
+    assert body["metadata"]["annotations"][STABLE] == ""
     # one that did not is not: the one before it still is
     third = build.resource({**NEW, "engine": {"image": "vllm:3"}})
     body = body_of(build.plan(third, build.world(third, deployment=given_up.failed)))

@@ -30,7 +30,8 @@ class Pin:
     """What a workload's template was made from, and what the rollouts before it came to.
 
     `spec_hash` names a template. `stable` is that of the last one all of whose replicas were
-    ready, `rolled_back` that of the one which was given up for it.
+    ready, while this one has not come as far; `rolled_back` is that of the one which was given
+    up for it.
     """
 
     version: str
@@ -53,14 +54,13 @@ class Pin:
 
     def annotations(self) -> dict[str, str]:
         """Return the annotations to read the pin from."""
-        stable = {STABLE_ANNOTATION: self.stable} if self.stable else {}
         return {
             SPEC_HASH_ANNOTATION: self.spec_hash,
             TEMPLATE_VERSION_ANNOTATION: self.version,
             LOADER_IMAGE_ANNOTATION: self.loader_image,
             # Written even when empty: an annotation left out of an apply counts as unchanged.
+            STABLE_ANNOTATION: self.stable,
             ROLLED_BACK_ANNOTATION: self.rolled_back,
-            **stable,
         }
 
 
@@ -97,9 +97,8 @@ def wants_history(workload: Object | None) -> bool:
     return has_failed(workload) and pin.stable not in ("", pin.spec_hash)
 
 
-def stable_hash(workload: Object | None) -> str:
-    """Return the hash of the last template all of whose replicas were ready, or nothing."""
-    pin = Pin.of(workload)
+def is_proven(workload: Object | None) -> bool:
+    """Whether all replicas of the workload's template were ready at the same time."""
     replicas = integer(workload, "spec", "replicas")
     progressing = condition_of(workload, "Progressing")
     complete = (
@@ -107,8 +106,19 @@ def stable_hash(workload: Object | None) -> str:
         and is_true(workload, "Progressing")
         and text(progressing, "reason") == "NewReplicaSetAvailable"
     )
-    proven = complete or (replicas > 0 and is_rolled_out(workload, replicas))
-    return pin.spec_hash if proven else pin.stable
+    return complete or (replicas > 0 and is_rolled_out(workload, replicas))
+
+
+def stable_hash(workload: Object | None, *, is_current: bool) -> str:
+    """Return the template to go back to, for a new template or the current one.
+
+    A current template that has proven itself needs none, so that the same spec ends in the same
+    annotations whatever came before it.
+    """
+    pin = Pin.of(workload)
+    if is_proven(workload):
+        return "" if is_current else pin.spec_hash
+    return pin.stable
 
 
 @dataclass(frozen=True, slots=True)

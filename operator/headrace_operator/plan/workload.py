@@ -113,8 +113,7 @@ def _plan_template(
     if is_current and pin.version != str(VERSION):
         return Workload(scale=_kept(spec, live), is_current=True, has_failed=failed)
     image = pin.loader_image if is_current and pin.loader_image else settings.loader_image
-    stable = pin.stable if is_current else stable_hash(live)
-    pin = Pin(str(VERSION), image, wanted, stable)
+    pin = Pin(str(VERSION), image, wanted, stable_hash(live, is_current=is_current))
     canary = canary_state(spec, wanted, observed, now) if live is not None else None
     return replace(
         _rendered(owner, spec, claim, pin, live, canary),
