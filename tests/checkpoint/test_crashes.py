@@ -186,7 +186,9 @@ def test_workers_of_two_jobs_share_the_work(larger_model, tmp_path, headrace, sh
     code, last = ended(again)
     assert code == 0
     assert [*events, last["event"]].count("Published") == 1
-    assert [path.name for path in volume.iterdir()] == ["checkpoint"]
+    # The killed one may have had a directory that was not yet its lock's: removed in a while.
+    left = {path.name for path in volume.iterdir() if not path.name.endswith(".new")}
+    assert left == {"checkpoint"}
     assert headrace("verify", volume / "checkpoint").code == 0
     assert shard(larger_model, 4, output=tmp_path / "alone" / "checkpoint").code == 0
     one, other = (read_manifest(path / "checkpoint") for path in (volume, tmp_path / "alone"))
