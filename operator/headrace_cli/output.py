@@ -10,6 +10,7 @@ from rich.console import Console
 
 TEXT = "text"
 JSON = "json"
+_PIPE_WIDTH = 200
 
 output_option = click.option(
     "-o",
@@ -38,8 +39,8 @@ class Number(click.FloatRange):
 
 
 def console() -> Console:
-    """Return the console of standard output; no colours where it is no terminal."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Return the console of standard output; where it is no terminal, plain and wide."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def show(document: object, form: str, draw: Callable[[Console], None]) -> None:
