@@ -255,6 +255,9 @@ class _Worker:
         for number in range(len(self._plan.parts)):
             found = self._staging.part(number)
             if found is None or not self._has_files(found):
+                if not self._staging.data.exists():
+                    # Taken away by whoever has published meanwhile, as `shard` will see.
+                    raise StorageError(f"{self._staging.data}: is gone") from FileNotFoundError()
                 self._staging.reject(number, "its files are missing or of another size")
                 raise StorageError(
                     f"{self._staging.path}: part {number} was lost; run the command again"
