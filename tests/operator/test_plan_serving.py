@@ -332,3 +332,18 @@ def test_a_spec_that_cannot_be_read_is_a_condition(build: SimpleNamespace) -> No
     expect(conditions["Ready"], "False", "SpecInvalid", "spec.replicas")
     expect(conditions["VolumeReady"], "Unknown", "SpecInvalid")
     assert result.apply == ()
+
+
+def test_a_required_direct_path_selects_nodes_where_it_was_verified(build: SimpleNamespace) -> None:
+    def selector(path: str, **pod: Any) -> Any:
+        changes = {"gpu": {"sharing": "WholeNode"}, "loading": {"path": path}, "pod": pod}
+        resource = build.resource(changes)
+        observed = Observed(claim=build.claim("weights"), jobs=(build.done(resource),))
+        bodies = (desired.body for desired in build.plan(resource, observed).apply)
+        body = next(body for body in bodies if body["kind"] == "Deployment")
+        return body["spec"]["template"]["spec"].get("nodeSelector", {})
+
+    assert selector("Require") == {"headrace.dev/gds": "verified"}
+    assert selector("Prefer") == {}
+    own = {"headrace.dev/gds": "mine"}
+    assert selector("Require", nodeSelector=own) == own

@@ -273,7 +273,8 @@ class Loading(Part):
     """How the loader reads the weights, and when the engine starts."""
 
     path: Literal["Require", "Prefer", "Off"] = "Prefer"
-    """GPUDirect Storage: Require it, Prefer it and fall back loudly, or keep it Off."""
+    """GPUDirect Storage: Require it, on nodes labelled headrace.dev/gds=verified; Prefer it and
+    fall back loudly; or keep it Off."""
     gate: Literal["Loaded", "Overlap"] = "Loaded"
     """Start the engine when the weights are Loaded, or at once and Overlap both."""
     resources: Resources = Field(

@@ -3,8 +3,9 @@
 Sources, all of AWS: instance types and GPUs, "Amazon EC2 accelerated computing instance
 specifications"; EFA interfaces, "Maximize network bandwidth on instances with multiple network
 cards" (for P6-B300 16 cards of 400 Gbps make its 6400 Gbps, the seventeenth has no EFA; for
-P6e-GB200 network cards 1, 3, ... 15); the resource's name and 5120 MiB of huge pages, "Run
-machine learning training on Amazon EKS with Elastic Fabric Adapter". Not run on these instances.
+P6e-GB200 the 28.8 Tbps of 18 nodes, in cards of 400 Gbps, make 4); the resource's name and
+5120 MiB of huge pages, "Run machine learning training on Amazon EKS with Elastic Fabric Adapter".
+Not run on these instances.
 """
 
 from dataclasses import dataclass
@@ -30,5 +31,5 @@ PRESETS = {
     "P5en": Preset(("p5en.48xlarge",), "amd64", gpus=8, efa_interfaces=16),
     "P6-B200": Preset(("p6-b200.48xlarge",), "amd64", gpus=8, efa_interfaces=8),
     "P6-B300": Preset(("p6-b300.48xlarge",), "amd64", gpus=8, efa_interfaces=16),
-    "P6e-GB200": Preset(("p6e-gb200.36xlarge",), "arm64", gpus=4, efa_interfaces=8),
+    "P6e-GB200": Preset(("p6e-gb200.36xlarge",), "arm64", gpus=4, efa_interfaces=4),
 }

@@ -43,6 +43,7 @@ LOADER = "loader"
 ENGINE = "engine"
 GPU_RESOURCE = "nvidia.com/gpu"
 GPU_CLAIM = "gpu"
+GDS_LABEL = "headrace.dev/gds"
 
 _RUNTIME_PATH = "/run/headrace"
 _SOCKET = f"{_RUNTIME_PATH}/handover/handover.sock"
@@ -117,6 +118,9 @@ def _placement(spec: ModelDeploymentSpec) -> dict[str, Any]:
     selected = {} if preset is None else {"kubernetes.io/arch": preset.architecture}
     if preset is not None and len(preset.instance_types) == 1:
         selected[INSTANCE_TYPE_LABEL] = preset.instance_types[0]
+    if spec.loading.path == "Require":
+        # What node preparation says of a node; a loader elsewhere could only fail.
+        selected[GDS_LABEL] = "verified"
     optional = {
         "nodeSelector": {**selected, **spec.pod.node_selector},
         "tolerations": tolerations,
