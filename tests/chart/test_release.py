@@ -190,7 +190,12 @@ def planned_pods():
         )
         claim = "gpus" if sharing == "ResourceClaim" else None
         template = serving_pod_template(
-            owner, spec, claim="models", loader_image="loader:1", claim_template=claim
+            owner,
+            spec,
+            claim="models",
+            loader_image="loader:1",
+            claim_template=claim,
+            template_hash="x",
         )
         yield f"serving-{sharing}", template["spec"]
     yield "shard", shard_job(owner, spec, "models", settings)["spec"]["template"]["spec"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from faults.fuzz import plausible, specs
+from headrace_operator.api.status import ConditionType
 from headrace_operator.plan import Observed, needs
 
 COUNT = 5000
@@ -34,7 +35,7 @@ def test_every_spec_gets_a_condition_and_children_that_can_be_sent(
         assert time.process_time() - begun < 2, "a spec must not be expensive"
         assert result.status is not None
         conditions = {c["type"]: c for c in result.status["status"]["conditions"]}
-        assert len(conditions) == 6
+        assert len(conditions) == len(ConditionType)
         for condition in conditions.values():
             assert re.fullmatch("[A-Z][A-Za-z0-9]*", condition["reason"])
             assert len(condition["message"]) <= 1300

@@ -8,6 +8,7 @@ left alone with its controllers it has to converge in a few rounds and then chan
 
 import copy
 import itertools
+from collections.abc import Mapping
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,11 @@ SPECS: list[dict[str, Any]] = [
     {
         "volume": {
             "existingClaim": None,
-            "static": {"fileSystemId": "fs-01234567", "dnsName": "x", "capacityGiB": 1200},
+            "static": {
+                "fileSystemId": "fs-01234567",
+                "dnsName": "fs-01234567.fsx.eu-west-1.amazonaws.com",
+                "capacityGiB": 1200,
+            },
         }
     },
 ]
@@ -203,6 +208,7 @@ class Cluster(RuleBasedStateMachine):
             jobs=owned("Job"),
             deployment=named("Deployment", "tiny"),
             service=named("Service", "tiny"),
+            disruption_budget=named("PodDisruptionBudget", "tiny"),
             claims=owned("PersistentVolumeClaim"),
             claim_templates=owned("ResourceClaimTemplate"),
             pods=self.pods(),
@@ -255,8 +261,8 @@ class Cluster(RuleBasedStateMachine):
         """Write a plan in the operator's order, or only so many of its writes."""
         steps = [lambda d=d: self.apply(d.body, once=d.once) for d in made.apply]
         if made.scale is not None:
-            replicas = made.scale.replicas
-            steps.append(lambda: self.scale(replicas))
+            changed = made.scale.spec
+            steps.append(lambda: self.scale(changed))
         steps += [lambda d=d: self.remove((d.kind, d.name), d.uid) for d in made.delete]
         if made.status is not None:
             status = made.status["status"]
@@ -279,9 +285,9 @@ class Cluster(RuleBasedStateMachine):
         }
         self.objects[key] = {**made, **{k: known[k] for k in ("status", "observed") if k in known}}
 
-    def scale(self, replicas: int) -> None:
+    def scale(self, changed: Mapping[str, Any]) -> None:
         deployment = self.objects["Deployment", "tiny"]
-        deployment["spec"]["replicas"] = replicas
+        deployment["spec"] = self.build.merged(deployment["spec"], dict(changed))
         deployment["metadata"]["generation"] += 1
 
     def remove(self, key: tuple[str, str], uid: str | None = None) -> None:

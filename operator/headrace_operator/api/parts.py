@@ -246,7 +246,7 @@ class Engine(Part):
         default=["python3", "-m", "vllm.entrypoints.openai.api_server"], min_length=1
     )
     """Command that starts the engine; the operator's arguments and `args` follow it."""
-    args: Annotated[list[Argument], Field(max_length=256)] = Field(
+    args: Annotated[list[Argument], Field(max_length=128)] = Field(
         default_factory=list,
         json_schema_extra=rules(*(_owned_arg(flag, fix) for flag, fix in _OWNED_ARGS.items())),
     )

@@ -23,6 +23,10 @@ class Draft:
     message: str
     problem: bool = False
 
+    def __post_init__(self) -> None:
+        # Messages quote what users and other programs wrote.
+        object.__setattr__(self, "message", one_line(self.message))
+
     @property
     def holds(self) -> bool:
         """Whether the status is True."""
@@ -31,17 +35,17 @@ class Draft:
 
 def holds(reason: str, message: str) -> Draft:
     """Return the draft of an aspect that holds."""
-    return Draft(TRUE, reason, one_line(message))
+    return Draft(TRUE, reason, message)
 
 
 def waiting(reason: str, message: str) -> Draft:
     """Return the draft of an aspect that will come to hold without anyone's help."""
-    return Draft(FALSE, reason, one_line(message))
+    return Draft(FALSE, reason, message)
 
 
 def problem(reason: str, message: str) -> Draft:
     """Return the draft of an aspect that does not hold for a cause worth a warning."""
-    return Draft(FALSE, reason, one_line(message), problem=True)
+    return Draft(FALSE, reason, message, problem=True)
 
 
 def of_failure(failure: Failure) -> Draft:
