@@ -243,7 +243,7 @@ def test_a_replica_of_several_nodes_is_a_group(build: SimpleNamespace) -> None:
             *("--nodes", "2", "--node-rank", "$(LWS_WORKER_INDEX)"),
         ]
         engine = pod["containers"][0]
-        assert engine["resources"]["limits"]["vpc.amazonaws.com/efa"] == "8"
+        assert engine["resources"]["limits"]["vpc.amazonaws.com/efa"] == "4"
         assert ("--headless" in engine["args"]) is (role == "workerTemplate")
         assert ("readinessProbe" in engine) is (role == "leaderTemplate")
     (request,) = body_of(result, "ResourceClaimTemplate")["spec"]["spec"]["devices"]["requests"]
