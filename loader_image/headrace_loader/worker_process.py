@@ -118,7 +118,7 @@ def _command(rank: int, options: WorkerOptions, descriptor: int) -> Sequence[str
     return [
         sys.executable,
         "-m",
-        "headrace_loader.worker",
+        "headrace_loader.worker_main",
         f"--socket={descriptor}",
         f"--rank={rank}",
         f"--backend={options.backend}",

@@ -65,10 +65,6 @@ class HostRegion:
         """Return a new descriptor of the memfd."""
         return os.dup(self._descriptor)
 
-    def close(self) -> None:
-        """Close this descriptor of the memfd."""
-        os.close(self._descriptor)
-
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
@@ -122,9 +118,6 @@ class HostBackend:
                 _load(piece, buffers.view, progress)
 
             run_parallel(pieces, [load] * self._options.read_threads)
-
-    def close(self) -> None:
-        """Nothing is held beside the regions."""
 
     def _report(self, files: Sequence[PartFile]) -> PathReport:
         if self._options.policy is PathPolicy.OFF:

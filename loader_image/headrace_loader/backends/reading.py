@@ -68,6 +68,10 @@ class PartFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this object's."""
+        return self._descriptor
+
     def read_into(self, view: memoryview, begin: int, end: int) -> None:
         """Read bytes `begin` to `end` of the data section to the start of `view`.
 
