@@ -108,7 +108,7 @@ def test_the_trace_has_every_phase_in_order(
         "start",
         "prepare",
         "load",
-        "end workers",
+        "make ready",
     ]
     assert {name for row, name in spans if row == 1} == {"start worker", "read", "verify"}
     assert all(event["dur"] >= 0 for event in spans.values())
