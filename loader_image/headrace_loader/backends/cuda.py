@@ -98,7 +98,7 @@ class CudaBackend:
         """Move all chunks, digests behind them on the GPU, and compare at the end."""
         sources = [source for _, source in transfers]
         with ExitStack() as stack:
-            files = [stack.enter_context(PartFile(s, prefer_cache=True)) for s in sources]
+            files = [stack.enter_context(PartFile(s)) for s in sources]
             _check_digests(sources)
             digester = Digester(sum(len(source.digests) for source in sources))
             lanes, report = self._lanes(files)

@@ -104,7 +104,7 @@ class HostBackend:
     def fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
         """Read and check chunk by chunk, in the order of the parts."""
         with ExitStack() as stack:
-            files = [stack.enter_context(PartFile(source)) for _, source in transfers]
+            files = [stack.enter_context(PartFile(s)) for _, s in transfers]
             progress.path(self._report(files))
             regions = [_host_region(region) for region, _ in transfers]
             pieces = (
