@@ -9,7 +9,7 @@ from headrace_loader.cuda.driver import (
     POSIX_FD,
     Allocation,
     Device,
-    PinnedBuffer,
+    HostBuffer,
     Stream,
     bind,
     u64,
@@ -44,8 +44,8 @@ class Link:
 
     def __init__(self, device: Device) -> None:
         self._target = device.allocate(self._TARGET)
-        self._pinned = PinnedBuffer(self._PINNED)
-        ctypes.memset(self._pinned.address, 1, self._PINNED)
+        self._pinned = HostBuffer(self._PINNED)
+        self._pinned.pin()
         self._stream = Stream()
 
     def rate(self, nbytes: int) -> float:

@@ -9,7 +9,8 @@ drop the file from the page cache before each load. Numbers are in GiB/s:
 
 - headrace: bytes by the time from the begin of reading to resident and verified;
 - limit: copies from pinned memory (cuda), or reads from the page cache to a buffer (host);
-- overhead_s: from process start to resident, without that time.
+- overhead_s: from process start to resident, without that time;
+- ready_s: from process start to Ready, when the workers are gone, too.
 
 The last line of the output is JSON; null stands for what this machine cannot measure.
 """
@@ -235,11 +236,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def load_once(point: Point, prefix: str, directory: Path, target: Any, threads: int) -> None:
+def status_of(port: int) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/status", timeout=30) as answer:
+        return dict(json.load(answer))
+
+
+def load_once(point: Point, prefix: str, directory: Path, plan: Plan) -> None:
     """Run the loader until its weights are resident, attach to it, end it."""
     runtime, port = Path(tempfile.mkdtemp(prefix="headrace-bench-")), free_port()
+    target, threads, interpreter = plan.target, plan.threads, plan.interpreter
     command = [
-        *(sys.executable, "-m", "headrace_loader", "--checkpoint", str(directory)),
+        *(interpreter, "-m", "headrace_loader", "--checkpoint", str(directory)),
         *("--backend", target.name, "--runtime-dir", str(runtime), "--host", "127.0.0.1"),
         *("--port", str(port), "--read-threads", str(threads)),
     ]
@@ -249,8 +256,8 @@ def load_once(point: Point, prefix: str, directory: Path, target: Any, threads: 
     path = runtime / "handover" / "handover.sock"
     try:
         attach(path, rank=0, device=target.device, timeout=600).close()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/status", timeout=30) as answer:
-            status = json.load(answer)
+        while (status := status_of(port))["phase"] == "Loading":
+            time.sleep(0.01)
         attach_ms = target.attach_ms(path)
     except Exception as error:
         process.kill()
@@ -266,6 +273,7 @@ def load_once(point: Point, prefix: str, directory: Path, target: Any, threads: 
     resident = timeline["resident"] - timeline["processStarted"]
     point.add(prefix + "overhead_s", resident - transfer)
     point.add(prefix + "resident_s", resident)
+    point.add(prefix + "ready_s", timeline["ready"] - timeline["processStarted"])
     point.add(prefix + "cpu_s", usage.ru_utime + usage.ru_stime)
     if not prefix:
         point.add("attach_ms", attach_ms)
@@ -319,6 +327,7 @@ class Plan:
     peers: list[Peer]
     peer_gib: float
     cold_gib: float
+    interpreter: str
 
 
 @contextlib.contextmanager
@@ -343,7 +352,7 @@ def measure(plan: Plan, gib: float, kind: str) -> Point:
         for number in range(plan.repeats):
             say(f"{kind} {gib:g} GiB, warm: round {number + 1} of {plan.repeats}")
             point.add("limit", plan.target.limit(directory))
-            load_once(point, "", directory, plan.target, plan.threads)
+            load_once(point, "", directory, plan)
             for peer in peers:
                 if not peer.missing and (rate := peer.rate(directory, nbytes)):
                     point.add(peer.name, rate)
@@ -366,7 +375,7 @@ def cold_rounds(plan: Plan, directory: Path, point: Point) -> None:
         for name in names[first:] + names[:first]:
             drop_cache(directory)
             if name == "headrace":
-                load_once(point, "cold_", directory, plan.target, plan.threads)
+                load_once(point, "cold_", directory, plan)
                 continue
             try:
                 point.add(name, readers[name]())
@@ -433,7 +442,9 @@ def parse() -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="rounds per size")
     add("--read-threads", type=int, default=10)
     add("--peer-gib", type=float, default=16, help="largest size that peers load; 0: no peers")
+    add("--peers", nargs="*", choices=PEERS, default=[*PEERS], help="which; default all")
     add("--cold-gib", type=float, default=4, help="largest size to load from storage; 0: none")
+    add("--python", default=sys.executable, help="the loader's interpreter, as of its image")
     add("--directory", type=Path, default=Path(".cache/bench"), help="on the storage to measure")
     add("--output", type=Path, help="file for all numbers")
     add("--commit", help="commit measured; default: git's HEAD")
@@ -447,7 +458,7 @@ def main() -> None:
     options.directory.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(dir=options.directory.resolve()))
     peers: list[Peer] = []
-    for name in PEERS if options.peer_gib > 0 else ():
+    for name in options.peers if options.peer_gib > 0 else ():
         peers.append(Peer(name, target.peer_device, options.read_threads))
         say(f"peer {name}: {peers[-1].missing or peers[-1].version}")
     plan = Plan(
@@ -458,6 +469,7 @@ def main() -> None:
         peers,
         options.peer_gib,
         options.cold_gib,
+        options.python,
     )
     todo = [(size, "large") for size in gib] + [(size, "moe") for size in options.moe_gib]
     points: list[Point] = []

@@ -76,11 +76,9 @@ def kvikio(device: str) -> Callable[[Sequence[str]], Any]:
     defaults.set({"compat_mode": CompatMode.ON, "num_threads": THREADS})
 
     def load(paths: Sequence[str]) -> Any:
-        buffers, reads = [], []
-        for path in paths:
-            buffers.append(cupy.empty(Path(path).stat().st_size, dtype=cupy.uint8))
-            reads.append(CuFile(path, "r").pread(buffers[-1]))
-        for read in reads:
+        buffers = [cupy.empty(Path(path).stat().st_size, dtype=cupy.uint8) for path in paths]
+        files = [CuFile(path, "r") for path in paths]  # open until they are read
+        for read in [file.pread(buffer) for file, buffer in zip(files, buffers, strict=True)]:
             read.get()
         return buffers
 

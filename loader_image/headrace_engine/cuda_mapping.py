@@ -60,33 +60,30 @@ class CudaMapping:
                 f"part {item.region.part}: its {nbytes} bytes cannot be mapped on GPU {index}: "
                 f"{error}; loader and engine must see the same GPU"
             ) from None
-        self._index = index
+        self._index, self._nbytes = index, nbytes
         # At the process's end the driver unmaps, and torch may be gone.
         weakref.finalize(self, _unmap, unmap, index).atexit = False
 
-    def tensor(
-        self, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> torch.Tensor:
-        """Return a view of `nbytes` > 0 bytes at `offset`, whose storage is exactly those bytes."""
-        octets = torch.as_tensor(_Octets(self, offset, nbytes), device=f"cuda:{self._index}")
-        return octets.view(dtype).view(shape)
+    def octets(self) -> torch.Tensor:
+        """Return the region as bytes; storages that are parts of its storage keep it mapped."""
+        return torch.as_tensor(_Octets(self, self._nbytes), device=f"cuda:{self._index}")
 
 
 class _Octets:
-    """A span of a mapping as torch takes it: __cuda_array_interface__, as bytes.
+    """A mapping as torch takes it: __cuda_array_interface__, as bytes.
 
     The interface has no bfloat16 and no float8, and torch refuses its read-only flag. torch keeps
     the object for as long as the storage lives.
     """
 
-    def __init__(self, mapping: CudaMapping, offset: int, nbytes: int) -> None:
+    def __init__(self, mapping: CudaMapping, nbytes: int) -> None:
         self.mapping = mapping
         self.__cuda_array_interface__ = {
             "version": 3,
             "typestr": "|u1",
             "shape": (nbytes,),
             "strides": None,
-            "data": (mapping.address + offset, False),
+            "data": (mapping.address, False),
         }
 
 

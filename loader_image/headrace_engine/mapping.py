@@ -24,18 +24,17 @@ class HostMapping:
             raise WeightsMismatch(
                 f"part {item.region.part}: its memory has {size} bytes: the loader says {nbytes}"
             )
+        self._nbytes = nbytes
         self._memory = mmap.mmap(item.descriptor, nbytes, prot=mmap.PROT_READ)
         self.address = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
 
-    def tensor(
-        self, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> torch.Tensor:
-        """Return a view of `nbytes` > 0 bytes at `offset`, whose storage is exactly those bytes.
+    def octets(self) -> torch.Tensor:
+        """Return the region as bytes; storages that are parts of its storage keep it mapped.
 
         torch has no read-only tensors and warns about read-only buffers; a ctypes array at the same
         address does not know. The page protection is what forbids writing.
         """
-        array = (ctypes.c_uint8 * nbytes).from_address(self.address + offset)
+        array = (ctypes.c_uint8 * self._nbytes).from_address(self.address)
         # The tensor keeps the array, the array keeps the mapping.
         array.mapping = self  # type: ignore[attr-defined]
-        return torch.frombuffer(array, dtype=dtype).view(shape)
+        return torch.frombuffer(array, dtype=torch.uint8)

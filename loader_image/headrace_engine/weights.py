@@ -98,9 +98,10 @@ def attach(
     try:
         weights = Weights(attachment)
         for item in attachment.regions:
-            mapping = _mapping(item, place)
+            octets = _mapping(item, place).octets()
+            storage, address = octets.untyped_storage(), octets.data_ptr()
             for entry in item.region.tensors:
-                _add(weights, entry, mapping, place)
+                _add(weights, entry, storage, address)
     except BaseException:
         attachment.close()
         raise
@@ -141,23 +142,17 @@ def _mapping(item: MappableRegion, place: torch.device) -> HostMapping | CudaMap
     return HostMapping(item) if place.type == "cpu" else CudaMapping(item, place.index)
 
 
-def _add(
-    weights: Weights, entry: Tensor, mapping: HostMapping | CudaMapping, place: torch.device
-) -> None:
+def _add(weights: Weights, entry: Tensor, storage: torch.UntypedStorage, address: int) -> None:
     dtype = TORCH_DTYPES.get(entry.dtype)
     if dtype is None or entry.nbytes != dtype.itemsize * math.prod(entry.shape):
         raise WeightsMismatch(
             f"{entry.name}: {entry.nbytes} bytes of {entry.dtype} {list(entry.shape)}: sizes that "
             "do not fit, or an element type this engine's torch does not have"
         )
-    if entry.nbytes == 0:
-        weights.tensors[entry.name] = torch.empty(entry.shape, dtype=dtype, device=place)
-        return
-    if (mapping.address + entry.offset) % ALIGNMENT == 0:
-        view = mapping.tensor(entry.offset, entry.nbytes, dtype, entry.shape)
-        weights.tensors[entry.name] = view
-        return
-    octets = mapping.tensor(entry.offset, entry.nbytes, torch.uint8, (entry.nbytes,))
-    weights.tensors[entry.name] = octets.clone().view(dtype).view(entry.shape)
-    reason = f"not aligned to {ALIGNMENT} bytes"
-    weights.copies.append(PrivateCopy(entry.name, entry.nbytes, reason))
+    part = storage[entry.offset : entry.offset + entry.nbytes]
+    if entry.nbytes and (address + entry.offset) % ALIGNMENT:
+        part = part.clone()
+        reason = f"not aligned to {ALIGNMENT} bytes"
+        weights.copies.append(PrivateCopy(entry.name, entry.nbytes, reason))
+    empty = torch.empty(0, dtype=dtype, device=storage.device)
+    weights.tensors[entry.name] = empty.set_(part, 0, entry.shape)

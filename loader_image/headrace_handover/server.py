@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -45,12 +46,17 @@ class Peer:
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Offer:
     """A ready message and the descriptors that go with it; they stay the source's."""
 
     ready: Ready
     descriptors: Sequence[int]
+
+    @cached_property
+    def line(self) -> bytes:
+        """The message as it is sent; made once, since there may be tens of thousands of tensors."""
+        return self.ready.encode()
 
 
 class WeightSource(Protocol):
@@ -224,7 +230,7 @@ class HandoverServer:
 
     def _hand_over(self, channel: Channel, offer: Offer, peer: Peer) -> None:
         deadline = time.monotonic() + self._limits.send_seconds
-        channel.send(offer.ready.encode(), offer.descriptors, deadline=deadline)
+        channel.send(offer.line, offer.descriptors, deadline=deadline)
         self._source.attached(peer)
         try:
             if channel.receive(limit=1, deadline=None) is not None:

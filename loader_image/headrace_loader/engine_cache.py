@@ -15,8 +15,6 @@ import re
 import shutil
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -189,10 +187,12 @@ def _field(path: Path, name: str) -> str:
 
 
 def _answers(url: str) -> bool:
+    import urllib.request  # here, where the weights are loaded: it would delay them
+
     try:
         with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS):  # noqa: S310 - the pod's own
             return True
-    except (OSError, urllib.error.URLError):
+    except OSError:  # URLError is one
         return False
 
 

@@ -148,6 +148,11 @@ class LoaderState:
         return self.phase in (Phase.READY, Phase.ORPHANED)
 
     @property
+    def resident(self) -> bool:
+        """Whether every rank's weights are there and verified."""
+        return bool(self.ranks) and all(rank.offer is not None for rank in self.ranks)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of weights of all ranks, 0 before the manifest is read."""
         return sum(rank.total_bytes for rank in self.ranks)

@@ -8,7 +8,8 @@ else of the weights: no mapping, no device context.
 import queue
 import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from headrace_checkpoint.report import log
 from headrace_handover.channel import close_all
 from headrace_handover.errors import HandoverError
 from headrace_handover.messages import Ready, Region, Tensor
-from headrace_handover.server import HandoverServer, Offer
+from headrace_handover.server import HandoverServer, Offer, prepare_directory
 from headrace_loader import system
 from headrace_loader.backends import PathPolicy, PathReport, protect
 from headrace_loader.checkpoint import Checkpoint, check_ranks, load_manifest
@@ -31,9 +32,7 @@ from headrace_loader.errors import (
     OutOfMemory,
     RuntimeDirectoryUnusable,
 )
-from headrace_loader.http_server import StatusServer
 from headrace_loader.lease import Lease
-from headrace_loader.plugin import copy_engine_side
 from headrace_loader.state import LoaderState, Phase, RankState, Settings
 from headrace_loader.weight_source import ResidentWeights
 from headrace_loader.worker_process import (
@@ -102,6 +101,7 @@ class Supervisor:
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._held: list[int] = []
         self._kept = ExitStack()
+        self._started: _Load | None = None
         self._state = LoaderState(
             Settings(options.backend, options.policy, options.tensor_parallel_size, options.ranks),
             system.process_start_time(),
@@ -113,37 +113,52 @@ class Supervisor:
         """Load and hold. Raises LoaderError, having told waiting engines and the status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        with ExitStack() as stack:
+            lease = self._open_lease()
+            stack.callback(lease.close)
+            stack.callback(self._kept.close)
+            stack.callback(lambda: close_all(self._held))
+            stack.callback(self._end_workers)
+            if lease.acquire():
+                self._start_workers()  # which open their devices while all else is prepared
+            self._serve(stack)
+            try:
+                self._live(lease)
+            except LoaderError as error:
+                self._fail(error)
+                raise
+
+    @property
+    def _directory(self) -> Path:
+        return self._options.runtime_directory / HANDOVER_DIRECTORY
+
+    def _open_lease(self) -> Lease:
+        with self._runtime_errors():
+            prepare_directory(self._directory)
+        return Lease(self._directory)
+
+    def _serve(self, stack: ExitStack) -> None:
+        # Imported here, when workers run already.
+        from headrace_loader.http_server import StatusServer
+        from headrace_loader.plugin import copy_engine_side
+
+        with self._runtime_errors():
+            handover = HandoverServer(self._directory, ResidentWeights(self._state))
+        stack.callback(handover.close)
         if self._options.plugin_directory is not None:
             copy_engine_side(self._options.plugin_directory)
-        directory = self._options.runtime_directory / HANDOVER_DIRECTORY
-        handover = self._open_handover(directory)
-        try:
-            lease = Lease(directory)
-            http = StatusServer(self._options.host, self._options.port, self._state)
-        except LoaderError:
-            handover.close()
-            raise
+        http = StatusServer(self._options.host, self._options.port, self._state)
         handover.start()
         http.start()
+        stack.callback(http.close)
         if self._engine_cache:
             self._engine_cache.start()
-        try:
-            self._live(lease)
-        except LoaderError as error:
-            self._fail(error)
-            raise
-        finally:
-            if self._engine_cache:
-                self._engine_cache.stop()
-            handover.close()
-            http.close()
-            close_all(self._held)
-            self._kept.close()
-            lease.close()
+            stack.callback(self._engine_cache.stop)
 
-    def _open_handover(self, directory: Path) -> HandoverServer:
+    @contextmanager
+    def _runtime_errors(self) -> Iterator[None]:
         try:
-            return HandoverServer(directory, ResidentWeights(self._state))
+            yield
         except (HandoverError, OSError) as error:
             raise RuntimeDirectoryUnusable(
                 f"--runtime-dir {self._options.runtime_directory}: {error}"
@@ -154,19 +169,14 @@ class Supervisor:
         self._news.put(Stop())
 
     def _live(self, lease: Lease) -> None:
-        # Workers that may start open their devices while the manifest is read.
-        early = self._start_workers() if lease.acquire() else None
         try:
             checkpoint = self._read_checkpoint()
             self._hold_checkpoint()
-            if early is None and not self._acquire(lease):
+            if self._started is None and not self._acquire(lease):
                 return
-            load = early = early or self._start_workers()
-            loaded = self._load(load, checkpoint, lease)
+            loaded = self._load(self._started or self._start_workers(), checkpoint, lease)
         finally:
-            for worker in early.workers if early else ():
-                worker.stop()
-            self._drain()
+            self._end_workers()
         while loaded and not isinstance(self._news.get(), Stop):
             pass  # what workers still say after a load is of no interest
 
@@ -226,7 +236,7 @@ class Supervisor:
             worker.load(checkpoint.sources(worker.rank))
         # Now, while weights are read: there may be tens of thousands.
         load.tensors = {rank: _tensors(checkpoint, rank) for rank in load.missing}
-        # Engines are served from the last region on; Ready also says that no worker is left.
+        # Ready says that no worker is left, either.
         while load.running:
             news = self._news.get()
             if isinstance(news, Stop):
@@ -239,16 +249,25 @@ class Supervisor:
             self._state.enter(Phase.READY, "weights are resident and verified")
             self._state.mark("ready")
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
+        for rank in self._state.ranks:
+            if rank.offer is not None:
+                rank.offer.line  # noqa: B018 - made now, no engine waits for it
         return True
 
     def _start_workers(self) -> _Load:
         options = self._options
         told = WorkerOptions(options.backend, options.policy, options.read_threads)
         ranks = options.ranks
-        load = _Load([], set(ranks), set(ranks))
+        load = self._started = _Load([], set(ranks), set(ranks))
         for device, rank in enumerate(ranks):
             load.workers.append(WorkerProcess(rank, device, told, self._news.put))
         return load
+
+    def _end_workers(self) -> None:
+        """Whatever they still do: a load was given up, or is complete."""
+        for worker in self._started.workers if self._started else ():
+            worker.stop()
+        self._drain()
 
     def _drain(self) -> None:
         """Close what workers handed in after the load was given up; keep a wish to stop."""
@@ -303,7 +322,7 @@ class Supervisor:
         with self._state.changing():
             rank.verified_at = verified_at
             rank.offer = Offer(ready, (*descriptors, lease.descriptor))
-            if all(one.offer for one in self._state.ranks):
+            if self._state.resident:
                 self._state.mark("resident")
 
     def _log_path(self, rank: RankState, report: PathReport) -> None:

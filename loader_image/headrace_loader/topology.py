@@ -1,4 +1,4 @@
-"""Which CPUs are near a GPU, from sysfs, so that a worker's threads and buffers are near it too.
+"""Which GPU a worker uses, and which CPUs are near it, so that threads and buffers are, too.
 
 A copy between a GPU and memory of the other socket crosses the link between sockets, which is
 slower than PCIe and shared by all GPUs.
@@ -7,7 +7,11 @@ slower than PCIe and shared by all GPUs.
 import os
 from pathlib import Path
 
+from headrace_loader.errors import BackendUnavailable
+
 SYSFS = Path("/sys")
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def near_cpus(pci_bus_id: str, sysfs: Path = SYSFS) -> frozenset[int] | None:
@@ -48,3 +52,18 @@ def run_near(pci_bus_id: str, sysfs: Path = SYSFS) -> frozenset[int] | None:
         return None
     os.sched_setaffinity(0, near)
     return near
+
+
+def see_only(local_rank: int) -> None:
+    """Hide all GPUs but a rank's: cuFile opens a context on every device it sees.
+
+    Call it before the driver is initialized. Raises BackendUnavailable where there are too few.
+    """
+    visible = os.environ.get(_VISIBLE)
+    devices = visible.split(",") if visible else [str(n) for n in range(local_rank + 1)]
+    if local_rank >= len(devices):
+        raise BackendUnavailable(
+            f"--backend cuda: rank {local_rank} needs GPU {local_rank}, {_VISIBLE} has "
+            f"{len(devices)}; give the pod one GPU per rank"
+        )
+    os.environ[_VISIBLE] = devices[local_rank]

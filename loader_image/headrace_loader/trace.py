@@ -29,6 +29,7 @@ def _loader(status: dict[str, Any]) -> Iterator[Event]:
         ("start", "processStarted", "manifestRead"),
         ("prepare", "manifestRead", "loadBegan"),
         ("load", "loadBegan", "resident"),
+        ("make ready", "resident", "ready"),
         ("engine start", "resident", "engineReady"),
         ("publish compiled code", "engineReady", "engineCachePublished"),
     )

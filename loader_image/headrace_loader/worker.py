@@ -1,10 +1,8 @@
 """Fills the memory of one rank, passes its descriptors to the supervisor, and exits.
 
-Run by the supervisor as `python -m headrace_loader.worker`, with one end of a socket pair. A
-process of its own per rank lets each open one device and leave nothing behind on it.
+A process of its own per rank lets each open one device and leave nothing behind on it.
 """
 
-import argparse
 import os
 import socket
 import sys
@@ -13,12 +11,11 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from headrace_handover.channel import Channel, close_all
+from headrace_handover.channel import Channel
 from headrace_handover.errors import HandoverError
 from headrace_loader.backends import (
     BackendOptions,
     ChunkMismatch,
-    PathPolicy,
     PathReport,
     Region,
     open_backend,
@@ -114,16 +111,15 @@ class ProgressReporter:
         self._link.send(message)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(socket_descriptor: int, backend: str, options: BackendOptions) -> int:
     """Load one rank; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    link = SupervisorLink(options.socket)
+    link = SupervisorLink(socket_descriptor)
     try:
-        _load(options, link)
+        _load(backend, options, link)
     except LoaderError as error:
         return _report(link, error)
     except Exception as error:  # noqa: BLE001 - a defect still has to be reported
-        text = f"rank {options.rank}: {type(error).__name__}: {error}"
+        text = f"rank {options.local_rank}: {type(error).__name__}: {error}"
         return _report(link, InternalError(text))
     return 0
 
@@ -133,11 +129,8 @@ def _report(link: SupervisorLink, error: LoaderError) -> int:
     return error.exit_code
 
 
-def _load(options: argparse.Namespace, link: SupervisorLink) -> None:
-    backend = open_backend(
-        options.backend,
-        BackendOptions(options.rank, PathPolicy(options.path), options.read_threads),
-    )
+def _load(name: str, options: BackendOptions, link: SupervisorLink) -> None:
+    backend = open_backend(name, options)
     content = sys.stdin.buffer.read()
     if not content:
         _end()
@@ -150,24 +143,5 @@ def _load(options: argparse.Namespace, link: SupervisorLink) -> None:
         link.send(Mismatched(sources.index(error.source), error.chunk, error.found))
         return
     progress.send()
-    exported = [region.export() for region in regions]
     filled = Filled(tuple(region.nbytes for region in regions), time.time())
-    for region in regions:
-        region.close()
-    link.send(filled, exported)
-    close_all(exported)
-    backend.close()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="headrace_loader.worker", description=__doc__)
-    parser.add_argument("--socket", type=int, required=True, help="descriptor of a socket pair")
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--backend", required=True)
-    parser.add_argument("--path", required=True)
-    parser.add_argument("--read-threads", type=int, required=True)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    link.send(filled, [region.export() for region in regions])

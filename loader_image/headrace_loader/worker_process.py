@@ -119,7 +119,7 @@ def _command(device: int, options: WorkerOptions, descriptor: int) -> Sequence[s
     return [
         sys.executable,
         "-m",
-        "headrace_loader.worker",
+        "headrace_loader.worker_main",
         f"--socket={descriptor}",
         f"--rank={device}",
         f"--backend={options.backend}",

@@ -1,9 +1,12 @@
 """A stock vLLM: python serve.py MODEL LOAD_FORMAT GPU_MEMORY_UTILIZATION. See engine_process.py.
 
+SERVE_OPTIONS, JSON in the environment, adds arguments of vllm.LLM, which runs eagerly without them.
+
 READY: the number of KV cache blocks. ANSWER: greedy tokens for a fixed prompt.
 """
 
 import json
+import os
 import sys
 
 from vllm import LLM, SamplingParams
@@ -16,8 +19,8 @@ if __name__ == "__main__":
         model=model,
         load_format=load_format,
         gpu_memory_utilization=float(utilization),
-        enforce_eager=True,
         max_model_len=256,
+        **json.loads(os.environ.get("SERVE_OPTIONS", '{"enforce_eager": true}')),
     )
     blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
     print(f"READY {json.dumps({'blocks': blocks})}", flush=True)

@@ -1,6 +1,7 @@
 """A stock vLLM over weights in GPU memory: the same tokens, no copy, the same KV cache."""
 
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ pytestmark = [
 MIB = 1 << 20
 LAYERS = 4
 UTILIZATION = 0.3
+CUDA_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}
 
 
 def plugin(loader: Any, tmp_path: Path) -> dict[str, str]:
@@ -72,8 +74,10 @@ def test_vllm_serves_from_the_loaders_memory(
     assert int(peak) < total // 20
 
     engine.kill()
+    environment["SERVE_OPTIONS"] = json.dumps({"compilation_config": CUDA_GRAPHS})
     again = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
     again.ready()
+    assert "Capturing CUDA graphs" in again.output()
     assert again.ask() == tokens
     loader.kill()
     assert again.ask() == tokens

@@ -192,6 +192,7 @@ def test_with_a_mocked_refusal_of_direct_io_reading_is_buffered_and_said_so(
         "        raise OSError(22, 'Invalid argument')\n"
         "    return real(path, flags, *rest, **named)\n"
         "os.open = refuse\n"
+        "del os.RWF_NOWAIT\n"  # nor does it tell what is cached
     )
     support.make_checkpoint(tmp_path / "checkpoint", parts=TWO_PARTS)
     loader = start_loader(tmp_path / "checkpoint", PYTHONPATH=str(shim))

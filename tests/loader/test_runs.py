@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 
 from headrace_loader.backends import PartSource
-from headrace_loader.cuda.runs import PIECE_BYTES, Run, cut, padded
+from headrace_loader.cuda.runs import PIECE_BYTES, RUN_BYTES, Run, cut, padded
 
 MIB = 1024 * 1024
 
 
-def runs(nbytes: int, chunk_bytes: int) -> list[Run]:
-    digests = ("0" * 16,) * -(-nbytes // chunk_bytes)
-    source = PartSource(Path("part"), 4096, nbytes, chunk_bytes, "multilinear64", digests)
-    file: Any = SimpleNamespace(source=source)
-    return list(cut(file, 7, 1 << 40))
+def runs(nbytes: int, chunk_bytes: int, threads: int = 2) -> list[Run]:
+    """The runs of a part that comes after one of seven chunks, which is left out."""
+    files: list[Any] = []
+    for size in (7 * chunk_bytes, nbytes):
+        digests = ("0" * 16,) * -(-size // chunk_bytes)
+        source = PartSource(Path("part"), 4096, size, chunk_bytes, "multilinear64", digests)
+        files.append(SimpleNamespace(source=source))
+    return [run for run in cut(files, [1 << 50, 1 << 40], threads) if run.file is files[1]]
 
 
 @pytest.mark.parametrize(
@@ -38,8 +41,11 @@ def test_runs_cover_every_byte_once_and_begin_at_chunks(nbytes: int, chunk_bytes
     assert end == nbytes
 
 
-def test_a_launch_covers_several_chunks_where_they_are_small() -> None:
-    assert [run.index for run in runs(100 * MIB, 4 * MIB)] == [7, 15, 23, 31]
+def test_runs_get_shorter_towards_the_end() -> None:
+    sizes = [run.end - run.begin for run in runs(1000 * MIB, 4 * MIB, 4)]
+    assert sizes[0] == RUN_BYTES
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 4 * MIB
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0, 0), (1, 8), (8, 8), (9, 16)])

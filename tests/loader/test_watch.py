@@ -104,7 +104,12 @@ def test_the_trace_has_every_phase_in_order(
     rows = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
     assert rows == {0: "loader", 1: "rank 0 on host", 2: "rank 1 on host"}
     spans = {(e["tid"], e["name"]): e for e in events if e["ph"] == "X"}
-    assert [name for row, name in spans if row == 0] == ["start", "prepare", "load"]
+    assert [name for row, name in spans if row == 0] == [
+        "start",
+        "prepare",
+        "load",
+        "make ready",
+    ]
     assert {name for row, name in spans if row == 1} == {"start worker", "read", "verify"}
     assert all(event["dur"] >= 0 for event in spans.values())
     end = spans[0, "load"]["ts"] + spans[0, "load"]["dur"]

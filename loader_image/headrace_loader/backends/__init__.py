@@ -92,7 +92,7 @@ class Progress(Protocol):
 
 
 class Region(Protocol):
-    """One allocation, writable by this process until it is closed."""
+    """One allocation, writable by this process for as long as it lives."""
 
     @property
     def nbytes(self) -> int:
@@ -100,9 +100,6 @@ class Region(Protocol):
 
     def export(self) -> int:
         """Return a new descriptor that keeps the memory and lets others map it; caller owns it."""
-
-    def close(self) -> None:
-        """Unmap it here; exported descriptors keep the memory."""
 
 
 class Backend(Protocol):
@@ -122,9 +119,6 @@ class Backend(Protocol):
         size, StorageError, and DirectPathUnavailable where the policy requires what
         this storage cannot do.
         """
-
-    def close(self) -> None:
-        """Give back everything but the exported memory."""
 
 
 @dataclass(frozen=True, slots=True)

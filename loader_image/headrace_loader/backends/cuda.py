@@ -5,9 +5,10 @@ when `gds.probe` finds all it needs. Otherwise the data is staged through host m
 I/O, or from the page cache when the file is there already.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
 
 from headrace_checkpoint.manifest import MULTILINEAR64
 from headrace_loader.backends import (
@@ -21,10 +22,11 @@ from headrace_loader.backends import (
 )
 from headrace_loader.backends.parallel import run_parallel
 from headrace_loader.backends.reading import PartFile, staged
-from headrace_loader.cuda import gds
+from headrace_loader.cuda import gds, native
 from headrace_loader.cuda.digester import Digester
-from headrace_loader.cuda.driver import Allocation, CudaError, Device
-from headrace_loader.cuda.lanes import DirectLane, Lane, staged_lanes
+from headrace_loader.cuda.driver import Allocation, CudaError, Device, HostBuffer
+from headrace_loader.cuda.lanes import DirectLane, Lane, pinned_bytes, staged_lanes
+from headrace_loader.cuda.opening import opening
 from headrace_loader.cuda.runs import Run, cut
 from headrace_loader.errors import (
     BackendUnavailable,
@@ -34,7 +36,7 @@ from headrace_loader.errors import (
 )
 from headrace_loader.topology import run_near
 
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_NO_MOVER = "the loader was built without a C compiler, which makes it slower"
 
 
 class CudaRegion:
@@ -57,28 +59,22 @@ class CudaRegion:
         """Return a new descriptor of the allocation."""
         return self._allocation.export()
 
-    def close(self) -> None:
-        """Unmap; the memory lives on in exported descriptors."""
-        self._allocation.release()
-
 
 class CudaBackend:
     """Memory of one GPU; the process uses no other."""
 
     def __init__(self, options: BackendOptions) -> None:
         self._options = options
-        _see_only(options.local_rank)
-        try:
-            self._device = Device()
-            run_near(self._device.pci_bus_id)
-        except CudaError as error:
-            raise BackendUnavailable(
-                f"--backend cuda: GPU {options.local_rank} cannot be used: {error}; check that "
-                "the container sees its GPUs (spec.gpu.sharing)"
-            ) from None
+        self._opening = opening(options.local_rank)
         self._direct = gds.probe(options.policy is not PathPolicy.OFF)
         if options.policy is PathPolicy.REQUIRE and not self._direct.available:
             raise DirectPathUnavailable(f"--path Require: {self._direct.message}")
+        run_near(self._opening.bus_id())  # memory that is touched from here on is near, too
+        self._buffers = HostBuffer(pinned_bytes(options.read_threads))
+
+    @cached_property
+    def _device(self) -> Device:
+        return self._opening.device()
 
     @property
     def device(self) -> str:
@@ -102,10 +98,11 @@ class CudaBackend:
         """Move all chunks, digests behind them on the GPU, and compare at the end."""
         sources = [source for _, source in transfers]
         with ExitStack() as stack:
-            files = [stack.enter_context(PartFile(s, prefer_cache=True)) for s in sources]
-            runs = list(_runs(files, [_pointer(region) for region, _ in transfers]))
+            files = [stack.enter_context(PartFile(s)) for s in sources]
+            _check_digests(sources)
             digester = Digester(sum(len(source.digests) for source in sources))
             lanes, report = self._lanes(files)
+            runs = cut(files, [_pointer(region) for region, _ in transfers], len(lanes))
             progress.path(report)
             run_parallel(runs, [self._mover(lane, digester, progress) for lane in lanes])
             for lane in lanes:
@@ -115,20 +112,14 @@ class CudaBackend:
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:
         def move(run: Run) -> None:
             self._device.use()
-            for begin, end, pointer in run.pieces():
-                lane.move(run.file, begin, end, pointer)
-                progress.read(end - begin)
+            lane.move(run, progress.read)
             run.digest(digester, lane.stream)
 
         return move
 
-    def close(self) -> None:
-        """The context ends with the process."""
-
     def _lanes(self, files: Sequence[PartFile]) -> tuple[Sequence[Lane], PathReport]:
         """Choose how the bytes travel; opening the files tells whether cuFile takes them."""
         direct = self._direct
-        threads = self._options.read_threads
         if direct.available:
             try:
                 opened = {file.source.path: gds.DirectFile(file.source.path) for file in files}
@@ -137,21 +128,14 @@ class CudaBackend:
                     raise
                 direct = gds.Probe(False, "FileSystemUnsupported", str(error))
             else:
-                lanes = [DirectLane(opened) for _ in range(threads)]
-                return lanes, PathReport("GPUDirect", "", True, "", "")
-        return staged_lanes(threads), staged(files, direct.reason, direct.message)
-
-
-def _see_only(local_rank: int) -> None:
-    """Hide all other GPUs: cuFile opens a context on every device it sees."""
-    visible = os.environ.get(_VISIBLE)
-    devices = visible.split(",") if visible else [str(n) for n in range(local_rank + 1)]
-    if local_rank >= len(devices):
-        raise BackendUnavailable(
-            f"--backend cuda: rank {local_rank} needs GPU {local_rank}, {_VISIBLE} has "
-            f"{len(devices)}; give the pod one GPU per rank"
-        )
-    os.environ[_VISIBLE] = devices[local_rank]
+                threads = self._options.read_threads
+                report = PathReport("GPUDirect", "", True, "", "")
+                return [DirectLane(opened) for _ in range(threads)], report
+        self._buffers.pin()
+        report = staged(files, direct.reason, direct.message)
+        if report.reason and native.mover() is None:
+            report = replace(report, reason=f"{report.reason}; {_NO_MOVER}")
+        return staged_lanes(self._buffers), report
 
 
 def _pointer(region: Region) -> int:
@@ -160,17 +144,13 @@ def _pointer(region: Region) -> int:
     return region.pointer
 
 
-def _runs(files: Sequence[PartFile], pointers: Sequence[int]) -> Iterator[Run]:
-    index = 0
-    for file, pointer in zip(files, pointers, strict=True):
-        source = file.source
+def _check_digests(sources: Sequence[PartSource]) -> None:
+    for source in sources:
         if source.digest_algorithm != MULTILINEAR64:
             raise BackendUnavailable(
                 f"{source.path}: digestAlgorithm {source.digest_algorithm}: the CUDA backend "
                 f"checks {MULTILINEAR64} alone; shard the model again"
             )
-        yield from cut(file, index, pointer)
-        index += len(source.digests)
 
 
 def _compare(sources: Sequence[PartSource], found: Sequence[str], progress: Progress) -> None:

@@ -65,10 +65,6 @@ class HostRegion:
         """Return a new descriptor of the memfd."""
         return os.dup(self._descriptor)
 
-    def close(self) -> None:
-        """Close this descriptor of the memfd."""
-        os.close(self._descriptor)
-
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
@@ -108,7 +104,7 @@ class HostBackend:
     def fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
         """Read and check chunk by chunk, in the order of the parts."""
         with ExitStack() as stack:
-            files = [stack.enter_context(PartFile(source)) for _, source in transfers]
+            files = [stack.enter_context(PartFile(s)) for _, s in transfers]
             progress.path(self._report(files))
             regions = [_host_region(region) for region, _ in transfers]
             pieces = (
@@ -122,9 +118,6 @@ class HostBackend:
                 _load(piece, buffers.view, progress)
 
             run_parallel(pieces, [load] * self._options.read_threads)
-
-    def close(self) -> None:
-        """Nothing is held beside the regions."""
 
     def _report(self, files: Sequence[PartFile]) -> PathReport:
         if self._options.policy is PathPolicy.OFF:

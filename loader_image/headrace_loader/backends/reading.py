@@ -1,4 +1,4 @@
-"""Reads part files: by direct I/O where the file system can, through the page cache where not.
+"""Reads part files: from the page cache if it holds them, else by direct I/O where that works.
 
 Direct I/O moves data from storage into the region without a copy in the page cache, which
 would otherwise compete with the weights for memory.
@@ -26,16 +26,15 @@ _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 class PartFile:
     """An open part; `buffered_reason` is empty while reads are direct.
 
-    `prefer_cache` reads a file that the page cache holds from there: copying it to a GPU from
-    memory beats reading it from storage once more.
+    A file that the page cache holds is read from there: that beats storage.
     """
 
-    def __init__(self, source: PartSource, *, prefer_cache: bool = False) -> None:
+    def __init__(self, source: PartSource) -> None:
         self.source = source
         self.buffered_reason = ""
         self._descriptor = -1
         try:
-            self._descriptor = self._open(prefer_cache=prefer_cache)
+            self._descriptor = self._open()
             size = os.fstat(self._descriptor).st_size
         except FileNotFoundError:
             raise CheckpointMissing(
@@ -68,6 +67,10 @@ class PartFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this object's."""
+        return self._descriptor
+
     def read_into(self, view: memoryview, begin: int, end: int) -> None:
         """Read bytes `begin` to `end` of the data section to the start of `view`.
 
@@ -94,13 +97,12 @@ class PartFile:
                 f"{error.strerror}"
             ) from None
 
-    def _open(self, *, prefer_cache: bool) -> int:
-        if prefer_cache:
-            descriptor = self._open_buffered("the page cache holds the file")
-            if is_cached(descriptor, self.source.offset, self.source.nbytes):
-                return descriptor
-            os.close(descriptor)
-            self.buffered_reason = ""
+    def _open(self) -> int:
+        descriptor = self._open_buffered("the page cache holds the file")
+        if is_cached(descriptor, self.source.offset, self.source.nbytes):
+            return descriptor
+        os.close(descriptor)
+        self.buffered_reason = ""
         try:
             descriptor = os.open(self.source.path, _FLAGS | os.O_DIRECT)
         except OSError as error:
@@ -149,6 +151,6 @@ def is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
             try:
                 if os.preadv(descriptor, [block], position, os.RWF_NOWAIT) == 0:
                     return False
-            except OSError:
+            except (OSError, AttributeError):  # the file system or the C library has no such read
                 return False
     return True

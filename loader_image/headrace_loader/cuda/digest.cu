@@ -2,6 +2,9 @@
 // headrace_checkpoint/digest.py defines. digest.ptx is this file compiled by
 //   nvcc -arch=compute_80 -ptx digest.cu
 // with its ".version" lowered to 7.0, which has every instruction used, so that older drivers take it.
+// digest.fatbin is machine code, so that nothing needs compiling at load time, by CUDA 13.0's
+//   nvcc -fatbin -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
+//     -gencode arch=compute_100,code=sm_100 -gencode arch=compute_120,code=sm_120 digest.cu
 //
 // data: `words` 64-bit words, 16-byte aligned, the last one padded with zero bytes.
 // chunk_words: words per chunk, even; the last chunk may be short.

@@ -2,9 +2,10 @@
 
 from importlib import resources
 
-from headrace_loader.cuda.driver import Kernel, Stream, Words
+from headrace_loader.cuda.driver import CudaError, Kernel, Stream, Words
 from headrace_loader.cuda.runs import WORD
 
+_NAME = "multilinear64"
 _BLOCKS_PER_CHUNK, _THREADS = 16, 256
 
 
@@ -12,8 +13,7 @@ class Digester:
     """Digests of `count` chunks, queued in any order by any number of streams."""
 
     def __init__(self, count: int) -> None:
-        image = resources.files(__package__).joinpath("digest.ptx").read_bytes() + b"\0"
-        self._kernel = Kernel(image, "multilinear64")
+        self._kernel = _kernel()
         self._digests = Words(count)
 
     def queue(self, stream: Stream, index: int, pointer: int, size: int, chunk_bytes: int) -> None:
@@ -29,3 +29,12 @@ class Digester:
     def results(self) -> list[str]:
         """Return the digests as 16 hex digits each; the streams must have been synchronized."""
         return [f"{value:016x}" for value in self._digests.take()]
+
+
+def _kernel() -> Kernel:
+    """Take machine code where it fits GPU and driver; compiling the PTX takes 35 ms and more."""
+    images = resources.files(__package__)
+    try:
+        return Kernel(images.joinpath("digest.fatbin").read_bytes(), _NAME)
+    except CudaError:
+        return Kernel(images.joinpath("digest.ptx").read_bytes() + b"\0", _NAME)

@@ -11,10 +11,16 @@ Importing it raises ImportError where there is no driver. Numbers are those of c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
+import time
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 try:
     _library = ctypes.CDLL("libcuda.so.1")
@@ -23,14 +29,17 @@ except OSError as missing:
     raise ImportError(str(missing)) from None
 
 _OUT_OF_MEMORY = 2
+_NOT_READY = 600
 _PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED
 _ON_DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
 _READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 _RECOMMENDED = 1  # CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
 _RDMA_WITH_VMM = 110  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-_BLOCKING_WAIT_NO_TIMING = 1 | 2  # CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_EVENT_POLL_SECONDS = 20e-6
 _PCI_BUS_ID_BYTES = 32
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
 POSIX_FD = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 u64 = ctypes.c_ulonglong
@@ -113,7 +122,7 @@ _free_address = bind("cuMemAddressFree", u64, c_size_t)
 _map = bind("cuMemMap", u64, c_size_t, c_size_t, u64, u64)
 _unmap = bind("cuMemUnmap", u64, c_size_t)
 _set_access = bind("cuMemSetAccess", u64, c_size_t, POINTER(AccessDescription), c_size_t)
-_host_alloc = bind("cuMemHostAlloc", POINTER(c_void_p), c_size_t, c_uint)
+_host_register = bind("cuMemHostRegister_v2", c_void_p, c_size_t, c_uint)
 _alloc = bind("cuMemAlloc_v2", POINTER(u64), c_size_t)
 _free = bind("cuMemFree_v2", u64)
 _clear = bind("cuMemsetD8_v2", u64, c_ubyte, c_size_t)
@@ -126,7 +135,6 @@ _event_create = bind("cuEventCreate", POINTER(c_void_p), c_uint)
 _event_record = bind("cuEventRecord", c_void_p, c_void_p, queues=True)
 _event_query = _library_keeping_lock.cuEventQuery
 _event_query.argtypes = (c_void_p,)
-_event_synchronize = bind("cuEventSynchronize", c_void_p)
 _load_module = bind("cuModuleLoadData", POINTER(c_void_p), c_char_p)
 _get_function = bind("cuModuleGetFunction", POINTER(c_void_p), c_void_p, c_char_p)
 _launch = bind(
@@ -159,13 +167,18 @@ class Allocation:
 
 
 class Device:
-    """One GPU with its primary context, current in the thread that opened it."""
+    """One GPU with its primary context, current in the thread that opened it.
 
-    def __init__(self, ordinal: int = 0) -> None:
+    `found` is called when its name is known, before the context is made, which takes longest.
+    """
+
+    def __init__(self, ordinal: int = 0, found: Callable[[Device], None] | None = None) -> None:
         _init(0)
         device = c_int()
         _device_get(byref(device), ordinal)
         self.ordinal = device.value
+        if found is not None:
+            found(self)
         self._context = c_void_p()
         _context_retain(byref(self._context), self.ordinal)
         self.use()
@@ -239,11 +252,14 @@ class Stream:
 
 
 class Event:
-    """A point in a stream that a thread can wait for."""
+    """A point in a stream that a thread can wait for.
+
+    Waiting polls: an event that wakes its waiter costs an interrupt whether anybody waits or not.
+    """
 
     def __init__(self) -> None:
         self.handle = c_void_p()
-        _event_create(byref(self.handle), _BLOCKING_WAIT_NO_TIMING)
+        _event_create(byref(self.handle), _NO_TIMING)
 
     def record(self, stream: Stream) -> None:
         """Mark the work queued in `stream` so far."""
@@ -251,19 +267,35 @@ class Event:
 
     def wait(self) -> None:
         """Wait for the marked work; returns at once when nothing was marked."""
-        if _event_query(self.handle):
-            _event_synchronize(self.handle)
+        while code := _event_query(self.handle):
+            if code != _NOT_READY:
+                raise CudaError("cuEventQuery", code)
+            time.sleep(_EVENT_POLL_SECONDS)
 
 
-class PinnedBuffer:
-    """Page-locked host memory, until the process ends; copies run at the link's full rate."""
+class HostBuffer:
+    """Host memory that is there already and becomes page-locked by `pin`.
+
+    Made while the device is being opened: clearing the pages takes longer than locking them.
+    """
 
     def __init__(self, size: int) -> None:
-        address = c_void_p()
-        _host_alloc(byref(address), size, 0)
-        self.address = int(address.value or 0)
         self.size = size
-        self.view = memoryview((c_ubyte * size).from_address(self.address)).cast("B")
+        memory = mmap.mmap(-1, size)
+        with contextlib.suppress(OSError):  # only faster
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(_POPULATE_WRITE)
+        self.view = memoryview(memory)
+        self.address = ctypes.addressof(c_ubyte.from_buffer(memory))
+
+    def pin(self) -> None:
+        """Page-lock it until the process ends; copies then run at the link's full rate."""
+        _host_register(self.address, self.size, 0)
+
+
+def address(name: str) -> int:
+    """Return the address of a driver function, for other native code to call."""
+    return int(ctypes.cast(getattr(_library, name), c_void_p).value or 0)
 
 
 class Words:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from headrace_loader.cuda.driver import Event, PinnedBuffer, Stream
-from headrace_loader.cuda.runs import PIECE_BYTES, WORD, padded
+from headrace_loader.cuda import driver, native
+from headrace_loader.cuda.driver import Event, HostBuffer, Stream
+from headrace_loader.cuda.runs import PIECE_BYTES, WORD, Run, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from headrace_loader.backends.reading import PartFile
     from headrace_loader.cuda.gds import DirectFile
 
 _BUFFERS = 2
@@ -23,11 +23,8 @@ class Lane(Protocol):
 
     stream: Stream
 
-    def move(self, file: PartFile, begin: int, end: int, pointer: int) -> None:
-        """Bring a piece, bytes `begin` to `end` of the part, to `pointer`.
-
-        It is padded with zeros to whole words, at most PIECE_BYTES.
-        """
+    def move(self, run: Run, moved: Callable[[int], None]) -> None:
+        """Bring a run to its place, padded with zeros to whole words; tell `moved` of bytes."""
 
 
 class StagedLane:
@@ -35,27 +32,58 @@ class StagedLane:
 
     While the copy engine empties one buffer, the thread reads the next piece into the other.
     Buffers this small stay in the CPU's cache between read and copy, and that is why they beat
-    larger ones, and also beat registering the page cache with the driver.
+    larger ones. They also beat registering the mapped page cache with the driver, which makes
+    all other copies wait while it registers and forgets pages.
     """
 
-    def __init__(self, pinned: PinnedBuffer, offset: int) -> None:
+    def __init__(self, pinned: HostBuffer, offset: int) -> None:
         self.stream = Stream()
         self._buffers = [
             (pinned.address + begin, pinned.view[begin : begin + PIECE_BYTES], Event())
             for begin in range(offset, offset + _BUFFERS * PIECE_BYTES, PIECE_BYTES)
         ]
 
-    def move(self, file: PartFile, begin: int, end: int, pointer: int) -> None:
-        """Read the piece, and queue its copy."""
-        address, view, copied = self._buffers[0]
-        self._buffers.reverse()
-        copied.wait()
-        file.read_into(view, begin, end)
-        size = end - begin
-        if size % WORD:
-            view[size : padded(size)] = bytes(padded(size) - size)
-        self.stream.copy_to_device(pointer, address, padded(size))
-        copied.record(self.stream)
+        self._mover, self._native = native.mover(), self._native_lane()
+
+    def move(self, run: Run, moved: Callable[[int], None]) -> None:
+        """Read piece by piece, and queue the copies."""
+        if self._move_natively(run):
+            moved(run.end - run.begin)
+            return
+        for begin, end, pointer in run.pieces():
+            address, view, copied = self._buffers[0]
+            self._buffers.reverse()
+            copied.wait()
+            run.file.read_into(view, begin, end)
+            size = end - begin
+            if size % WORD:
+                view[size : padded(size)] = bytes(padded(size) - size)
+            self.stream.copy_to_device(pointer, address, padded(size))
+            copied.record(self.stream)
+            moved(size)
+
+    def _move_natively(self, run: Run) -> bool:
+        """Move it by compiled code; False where that cannot, or something fails.
+
+        Direct reads are not worth it: storage is slower than the interpreter.
+        """
+        if self._mover is None or not run.file.buffered_reason:
+            return False
+        offset, size = run.file.source.offset + run.begin, run.end - run.begin
+        failed = self._mover(self._native, run.file.fileno(), offset, size, run.pointer)
+        return not failed
+
+    def _native_lane(self) -> native.Lane:
+        lane = native.Lane(
+            driver.address("cuEventQuery"),
+            driver.address("cuEventRecord"),
+            driver.address("cuMemcpyHtoDAsync_v2"),
+            self.stream.handle,
+            piece=PIECE_BYTES,
+        )
+        for slot, (address, _, event) in enumerate(self._buffers):
+            lane.buffer[slot], lane.event[slot] = address, event.handle
+        return lane
 
 
 class DirectLane:
@@ -65,23 +93,24 @@ class DirectLane:
         self.stream = Stream()
         self._files = files
 
-    def move(self, file: PartFile, begin: int, end: int, pointer: int) -> None:
-        """Clear the last word if the piece does not fill it, and read."""
-        size = end - begin
-        if size % WORD:
-            self.stream.clear(pointer + padded(size) - WORD, WORD)
-            self.stream.synchronize()
-        source = file.source
-        self._files[source.path].read(pointer, source.offset + begin, size)
+    def move(self, run: Run, moved: Callable[[int], None]) -> None:
+        """Clear the last word if a piece does not fill it, and read."""
+        source = run.file.source
+        for begin, end, pointer in run.pieces():
+            size = end - begin
+            if size % WORD:
+                self.stream.clear(pointer + padded(size) - WORD, WORD)
+                self.stream.synchronize()
+            self._files[source.path].read(pointer, source.offset + begin, size)
+            moved(size)
 
 
-def staged_lanes(threads: int) -> list[StagedLane]:
-    """Return lanes for `threads` threads, fewer where they would pin more than 1 GiB."""
-    pinned = PinnedBuffer(pinned_bytes(threads))
+def staged_lanes(pinned: HostBuffer) -> list[StagedLane]:
+    """Return as many lanes as `pinned` has room for."""
     return [StagedLane(pinned, offset) for offset in range(0, pinned.size, _BUFFERS * PIECE_BYTES)]
 
 
 def pinned_bytes(threads: int) -> int:
-    """Bytes of host memory that `staged_lanes` pins."""
+    """Bytes of pinned buffers for `threads` staged lanes, fewer where they would be too many."""
     per_lane = _BUFFERS * PIECE_BYTES
     return min(threads, _MAX_PINNED_BYTES // per_lane) * per_lane

@@ -1,6 +1,7 @@
 """How a load is cut: runs of chunks, moved by one thread and digested by one launch.
 
-Long runs save launches and handing out; short ones let all threads end together.
+Long runs save launches and handing out; short ones let all threads end together. So they get
+shorter towards the end (guided self-scheduling, Polychronopoulos and Kuck 1987).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from headrace_loader.backends.reading import PartFile
     from headrace_loader.cuda.digester import Digester
@@ -19,8 +20,8 @@ PIECE_BYTES = 4 * 1024 * 1024
 """Bytes read at once."""
 WORD = 8
 """Digests are sums over words of this many bytes, the last one filled with zeros."""
-
-_RUN_BYTES = 32 * 1024 * 1024
+RUN_BYTES = 64 * 1024 * 1024
+"""Longest run, unless a chunk is longer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,14 +48,21 @@ class Run:
         digester.queue(stream, self.index, self.pointer, self.end - self.begin, chunk_bytes)
 
 
-def cut(file: PartFile, index: int, pointer: int) -> Iterator[Run]:
-    """Yield the runs of a part whose first chunk is number `index`, bound for `pointer`."""
-    source = file.source
-    chunks = max(1, _RUN_BYTES // source.chunk_bytes)
-    for first in range(0, len(source.digests), chunks):
-        begin, _ = source.chunk_range(first)
-        end = min(begin + chunks * source.chunk_bytes, source.nbytes)
-        yield Run(file, begin, end, index + first, pointer + begin)
+def cut(files: Sequence[PartFile], pointers: Sequence[int], threads: int) -> Iterator[Run]:
+    """Yield the runs of parts bound for `pointers`, to be moved by `threads` threads."""
+    left = sum(file.source.nbytes for file in files)
+    index = 0
+    for file, pointer in zip(files, pointers, strict=True):
+        source = file.source
+        begin = 0
+        while begin < source.nbytes:
+            share = min(RUN_BYTES, left // (2 * threads))
+            nbytes = max(1, share // source.chunk_bytes) * source.chunk_bytes
+            end = min(begin + nbytes, source.nbytes)
+            yield Run(file, begin, end, index + begin // source.chunk_bytes, pointer + begin)
+            left -= end - begin
+            begin = end
+        index += len(source.digests)
 
 
 def padded(size: int) -> int:
