@@ -57,6 +57,7 @@ class Buildah:
             mounts.append(f"{bundle}:{IMAGE_CERTIFICATES}:ro")
         command = ["bud", "--isolation", "chroot", "--network", "host", "--pull-never"]
         command += ["--build-arg", f"BASE_IMAGE={self.base}"]
+        command += ["--build-arg", f"BUILD_IMAGE={self.base}"]
         command += ["--build-arg", "UV_CACHE_DIR=/var/cache/uv"]
         command += [word for mount in mounts for word in ("--volume", mount)]
         command += ["--file", str(ROOT / image.dockerfile)]
