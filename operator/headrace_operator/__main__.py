@@ -73,8 +73,9 @@ async def _serve(settings: ProcessSettings, connection: Connection) -> None:
     )
     _logger.info("serving %s", ", ".join(settings.namespaces) or "all namespaces")
     informing = [
-        asyncio.create_task(informer.run(), name=f"informer {informer.kind.plural}")
+        asyncio.create_task(informer.run(namespace), name=f"informer {informer.kind.plural}")
         for informer in resync.informers
+        for namespace in informer.namespaces
         if informer.kind is not MODEL_DEPLOYMENT
     ]
     endless = [resyncing, *informing]

@@ -333,5 +333,5 @@ def test_every_order_of_events_converges(
     build: SimpleNamespace, gpus: frozenset[int] | None
 ) -> None:
     machine = type("Machine", (Cluster,), {"build": build, "gpus": lambda _: gpus})
-    budget = settings(max_examples=25, stateful_step_count=12, deadline=None)
+    budget = settings(max_examples=10, stateful_step_count=12, deadline=None)
     run_state_machine_as_test(machine, settings=budget)  # type: ignore[no-untyped-call]

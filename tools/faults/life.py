@@ -180,10 +180,10 @@ class Operator:
         self._client = ApiClient(configuration)
         api, store, self.health = Api(self._client), Store(WATCHED), Health()
         reconciler = Reconciler(api, store, Settings("loader:1"), self.health, clock=self.clock)
-        self.resync = Resync(api, store, reconciler.queue, self.health, self.namespace)
+        self.resync = Resync(api, store, reconciler.queue, self.health, (self.namespace,))
         await self.resync.list_all()
         loops = [reconciler.work(n) for n in range(WORKERS)]
-        loops += [informer.run() for informer in self.resync.informers]
+        loops += [informer.run(self.namespace) for informer in self.resync.informers]
         loops.append(self._resync())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
@@ -298,7 +298,9 @@ class Life:
             {k: c[k] for k in ("type", "status", "reason", "observedGeneration")}
             for c in status["conditions"]
         ]
-        return {**children, "status": {**status, "conditions": conditions}}
+        # Which claim and volume it is differs from namespace to namespace.
+        volume = {"claimName": status["volume"]["claimName"]}
+        return {**children, "status": {**status, "conditions": conditions, "volume": volume}}
 
     async def gone(self) -> None:
         """Wait until nothing is left but the claim, which was there before."""

@@ -76,11 +76,8 @@ class Informer:
             self.notify(key)
         self._versions = {namespace: str(version) for namespace, version in versions.items()}
 
-    async def run(self) -> None:
-        """Watch until cancelled."""
-        await asyncio.gather(*(self._run(namespace) for namespace in self.namespaces))
-
-    async def _run(self, namespace: str | None) -> None:
+    async def run(self, namespace: str | None) -> None:
+        """Watch one of the namespaces until cancelled."""
         delay = _FIRST_DELAY_SECONDS
         while True:
             self.beat(f"watch of {self.kind.plural}")

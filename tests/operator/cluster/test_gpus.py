@@ -39,6 +39,7 @@ def test_loader_and_engine_share_the_devices_of_one_claim(
         gpu={"sharing": "ResourceClaim", "deviceClassName": DRIVER},
         loading={"path": "Prefer"},
         parallelism={"tensorParallelSize": 2},
+        sharding={"parallelism": 1},
     )
     (pod,) = world.wait_pods("shard")
     kubelet.publish(pod)

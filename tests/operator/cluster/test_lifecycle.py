@@ -77,7 +77,7 @@ def test_from_manifest_to_ready_with_the_status_a_kubelet_would_write(
     status = world.resource()["status"]
     assert status["replicas"] == status["readyReplicas"] == 1
     assert status["checkpoint"]["totalBytes"] == 4096
-    assert status["volume"] == {"claimName": "weights"}
+    assert status["volume"]["claimName"] == "weights"
     assert status["observedGeneration"] == 1
     for kind in (JOB, DEPLOYMENT, SERVICE):
         (child,) = world.kube.list(kind, world.namespace)
@@ -373,7 +373,7 @@ def test_the_operator_reads_no_secrets_and_was_forbidden_nothing(
     operator: Any, world: Any, cluster: Any
 ) -> None:
     account = "--as=system:serviceaccount:headrace-system:headrace"
-    for verb, what in (("get", "secrets"), ("delete", "deployments"), ("get", "pods/log")):
+    for verb, what in (("get", "secrets"), ("delete", "services"), ("get", "pods/log")):
         assert cluster.kubectl("auth", "can-i", verb, what, account, check=False).strip() == "no"
     assert cluster.kubectl("auth", "can-i", "create", "jobs.batch", account).strip() == "yes"
     text = operator.log.read_text()

@@ -121,7 +121,7 @@ RULES: list[tuple[dict[str, Any], str, list[str]]] = [
         "spec.volume.static.mountOptions",
         ['"a,b"', "one option per item"],
     ),
-    ({"volume": {"dynamic": {**DYNAMIC, "capacityGiB": 1}}}, "spec.volume.dynamic", ["1200"]),
+    ({"volume": {"dynamic": {**DYNAMIC, "capacityGiB": 0}}}, "spec.volume.dynamic", ["1"]),
     (
         {"volume": {"dynamic": {**DYNAMIC, "storageClassName": "a b"}}},
         "spec.volume.dynamic.storageClassName",

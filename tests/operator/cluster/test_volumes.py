@@ -316,7 +316,9 @@ def test_uninstalling_the_chart_leaves_everything_serving(
     world.add_claims("weights")
     chart = Path(__file__).parents[3] / "charts/headrace"
     helm = cluster.bin("helm")
-    cluster.run([helm, "install", "other", chart, "-n", world.namespace, "--skip-crds"])
+    cluster.run(
+        [helm, "install", "other", chart, "-n", world.namespace, "--set=crds.install=false"]
+    )
     world.create()
     (pod,) = world.wait_pods("shard")
     kubelet.publish(pod)
