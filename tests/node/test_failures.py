@@ -153,7 +153,11 @@ def test_deleted_while_sharding_leaves_nothing_that_could_be_served(site):
     site.make_model("deleted", *LARGE)
     model = site.deploy("deleted", sharding=VERY_SLOW)
     folder = site.volume / "headrace" / "deleted"
-    wait_for("a sharder that writes", lambda: any(folder.glob(".*.tmp")), timeout=FAILURE_SECONDS)
+    wait_for(
+        "a sharder that writes",
+        lambda: any(folder.glob(".*.work/writing/*")),
+        timeout=FAILURE_SECONDS,
+    )
     site.delete("deleted")
     nothing = {"jobs": [], "pods": [], "deployments": []}
     wait_for(

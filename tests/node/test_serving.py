@@ -65,6 +65,7 @@ def test_every_condition_holds_but_the_direct_path(model):
     states = {kind: condition["status"] for kind, condition in conditions.items()}
     direct = states.pop("DirectPath")
     assert direct == "False"
+    assert (states.pop("Reconciling"), states.pop("Stalled")) == ("False", "False")
     assert states == dict.fromkeys(
         ["VolumeReady", "CheckpointReady", "WeightsResident", "Available", "Ready"], "True"
     )
@@ -118,7 +119,8 @@ def test_command_line_asks_the_loader_by_port_forward_where_the_proxy_is_not_all
         versioned = {"apiVersion": "rbac.authorization.k8s.io/v1", **body}
         model.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(versioned))
     kubeconfig = model.cluster.kubeconfig_for("forwarder")
-    (shown,) = headrace(model, "status", kubeconfig=kubeconfig)["modelDeployments"]
+    listed = headrace(model, "status", kubeconfig=kubeconfig)["modelDeployments"]
+    (shown,) = [one for one in listed if one["name"] == model.name]
     pod = next(pod for pod in shown["pods"] if pod["component"] == "serve")
     assert pod["loaderProblem"] is None
     assert pod["loader"]["totalBytes"] == loader_status(serving_pod(model))["totalBytes"]
