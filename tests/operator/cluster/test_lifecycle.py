@@ -388,7 +388,7 @@ def test_a_deleted_resource_takes_its_checkpoint_along(
     """The Job that deletes it runs for real up to its container, which the test completes."""
     world.add_claims("weights")
     # A source of its own: the same path of another test's would be in use.
-    model = {"source": "pvc://models/reclaimed"}
+    model = {"source": "pvc://weights/reclaimed"}
     world.create(replicas=0, model=model, checkpoint={"reclaimPolicy": "Delete"})
     (pod,) = world.wait_pods("shard")
     kubelet.publish(pod)
