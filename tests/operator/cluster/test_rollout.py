@@ -93,7 +93,7 @@ def test_what_does_not_become_ready_is_rolled_back_and_not_tried_again(
 
     eventually(rolled, "the next template to roll out")
     assert {engine_image(pod) for pod in world.pods("serve")} == {"vllm:2"}
-    assert kstatus(world.resource()) == "Current"
+    eventually(lambda: kstatus(world.resource()) == "Current", "the status to be current")
     wait = ("wait", "mdl/tiny", "-n", world.namespace, "--for=condition=Ready", "--timeout=5s")
     assert "condition met" in cluster.kubectl(*wait)
 
