@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 from typing import Any
 
-from headrace_operator.cluster.api import Api
-from headrace_operator.cluster.kinds import DEPLOYMENT, JOB, WATCHED
+import pytest
+
+from headrace_operator.cluster import observe
+from headrace_operator.cluster.api import Api, Listing
+from headrace_operator.cluster.kinds import CLAIM, DEPLOYMENT, JOB, VOLUME, WATCHED, Kind
 from headrace_operator.cluster.observe import Observer
 from headrace_operator.cluster.store import Store
 
@@ -34,3 +37,26 @@ async def test_children_of_an_earlier_object_of_the_name_are_not_its_own(
     observed = await Observer(Api(None), store).observe(resource, build.now)  # type: ignore[arg-type]
     assert [job["metadata"]["name"] for job in observed.jobs] == ["ours"]
     assert observed.deployment is None
+
+
+async def test_volumes_are_listed_once_a_minute_also_where_none_is_ill(
+    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[Kind] = []
+
+    async def none_listed(_: Api, kind: Kind, *__: Any, **___: Any) -> Listing:
+        listed.append(kind)
+        return Listing([], 1)
+
+    monkeypatch.setattr(Api, "list", none_listed)
+    now = 1000.0
+    monkeypatch.setattr(observe.time, "monotonic", lambda: now)
+    store = Store(WATCHED)
+    claim = build.claim("weights")
+    claim["metadata"] |= {"resourceVersion": "1"}
+    store.put(CLAIM, claim)
+    observer = Observer(Api(None), store)  # type: ignore[arg-type]
+    for seconds in (0, 10, 50, 70):
+        now = 1000.0 + seconds
+        await observer.observe(build.resource(), build.now)
+    assert listed.count(VOLUME) == 2

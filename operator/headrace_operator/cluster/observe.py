@@ -59,7 +59,8 @@ class Observer:
         self._api = api
         self._store = store
         self._gpus_of_nodes = _Cached(self._list_gpus_of_nodes)
-        self._volumes = _Cached(self._list_volumes)
+        # That no volume is ill is the usual case, and asking lists all volumes of the cluster.
+        self._volumes = _Cached(self._list_volumes, empty_seconds=_CLUSTER_FACTS_SECONDS)
         self._loaders = Loaders()
         self._dra_served = _Cached(lambda: api.serves(CLAIM_TEMPLATE))
         self._groups_served = _Cached(lambda: api.serves(GROUP_SET))
@@ -210,10 +211,13 @@ def _event_time(event: Object) -> str:
 
 
 class _Cached(Generic[_T]):
-    """A fact about the cluster that changes rarely."""
+    """A fact about the cluster that changes rarely, looked up again sooner where it is empty."""
 
-    def __init__(self, fetch: Callable[[], Awaitable[_T]]) -> None:
+    def __init__(
+        self, fetch: Callable[[], Awaitable[_T]], *, empty_seconds: float = _MISSING_FACTS_SECONDS
+    ) -> None:
         self._fetch = fetch
+        self._empty_seconds = empty_seconds
         self._value: _T | None = None
         self._expires = 0.0
         self._fetching = asyncio.Lock()
@@ -223,6 +227,6 @@ class _Cached(Generic[_T]):
             if time.monotonic() >= self._expires:
                 self._value = await self._fetch()
                 # What is missing may be on its way: someone installs a driver or a CRD.
-                kept = _CLUSTER_FACTS_SECONDS if self._value else _MISSING_FACTS_SECONDS
+                kept = _CLUSTER_FACTS_SECONDS if self._value else self._empty_seconds
                 self._expires = time.monotonic() + kept
         return self._value
