@@ -6,10 +6,18 @@ import os
 import pytest
 
 from headrace_cli.errors import InputInvalid
-from headrace_cli.sizing.hardware import INSTANCES, TIERS, capacity_fault
+from headrace_cli.sizing.hardware import (
+    CAPACITY_STEP_GIB,
+    INSTANCES,
+    MIN_CAPACITY_GIB,
+    TIERS,
+    capacity_fault,
+)
 from headrace_cli.sizing.model import size_of
 from headrace_cli.sizing.predict import FileSystem, Node, predict_load, predict_shard
 from headrace_cli.sizing.published import NODE, ROWS, STORAGE, TOLERANCE
+from headrace_operator.plan import fsx
+from headrace_operator.plan.presets import PRESETS
 
 LLAMA_405B = {
     "architectures": ["LlamaForCausalLM"],
@@ -209,3 +217,14 @@ def test_every_instance_is_planned_for(headrace):
 def test_errors_of_sizes_are_of_the_command_line():
     with pytest.raises(InputInvalid, match="num_hidden_layers"):
         size_of({"hidden_size": 1})
+
+
+def test_predictions_and_the_operator_know_the_same_file_systems_and_nodes() -> None:
+    """Two tables, because the operator's brings pydantic, which `headrace plan` does without."""
+    (tier,) = (tier for tier in fsx.TIERS if tier.deployment == "PERSISTENT_2")
+    assert {name: tier.efa_step for name, tier in TIERS.items()} == tier.efa_steps
+    assert {*tier.steps.values()} == {CAPACITY_STEP_GIB}
+    assert tier.sizes == (MIN_CAPACITY_GIB,)
+    for preset in PRESETS.values():
+        (name,) = preset.instance_types
+        assert (INSTANCES[name].gpus, INSTANCES[name].nics) == (preset.gpus, preset.efa_interfaces)

@@ -8,7 +8,7 @@ from typing import Any
 from headrace_cli.doctor.finding import Finding, Grade
 from headrace_cli.errors import CommandFailed, KindMissing, NoPermission, NotFound
 from headrace_cli.kube import Kube
-from headrace_cli.sizing.hardware import capacity_fault
+from headrace_cli.sizing.hardware import TIERS, capacity_fault
 from headrace_operator.api import API_VERSION, GROUP, PLURAL
 from headrace_operator.cluster.kinds import (
     CLAIM,
@@ -43,7 +43,6 @@ DEVICE_CLASS = Kind("DeviceClass", "resource.k8s.io", "v1", "deviceclasses", nam
 
 _OPERATOR = "app.kubernetes.io/name=headrace-operator"
 _MIN_MINOR = 33
-_FSX_TIERS = ("125", "250", "500", "1000")
 _RIGHTS = (
     ("create", GROUP, PLURAL, "to serve a model"),
     ("list", GROUP, PLURAL, "for status"),
@@ -283,7 +282,7 @@ def _volume_state(check: str, name: str, volume: Mapping[str, Any] | None) -> Fi
         return Finding(check, Grade.OK, bound)
     capacity = text(volume, "spec", "capacity", "storage")
     size = int(capacity[:-2]) if re.fullmatch(r"\d+Gi", capacity) else 0
-    faults = [capacity_fault(size, int(tier), efa=True) for tier in _FSX_TIERS]
+    faults = [capacity_fault(size, tier, efa=True) for tier in TIERS]
     if all(faults):
         message = f"{bound}; {capacity} is no size of a file system with EFA: {faults[-1]}"
         fix = "correct spec.volume.static.capacityGiB, or expect loads over TCP"
