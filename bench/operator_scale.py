@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import json
 import os
@@ -43,7 +42,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace_operator.cluster.kinds import JOB, MODEL_DEPLOYMENT, POD, Kind
@@ -332,19 +330,7 @@ def prepare(cluster: Cluster, kubeconfig: Path) -> None:
     cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
     crd = "crd/modeldeployments.headrace.dev"
     cluster.kubectl("wait", "--for=condition=Established", crd, "--timeout=20s")
-    token = cluster.kubectl("create", "token", "headrace", "-n", SYSTEM, "--duration=24h").strip()
-    authority = base64.b64encode(cluster.authority.read_bytes()).decode()
-    target = {"server": cluster.server, "certificate-authority-data": authority}
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "it",
-        "clusters": [{"name": "it", "cluster": target}],
-        "users": [{"name": "it", "user": {"token": token}}],
-        "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
-    }
-    kubeconfig.write_text(yaml.safe_dump(config))
-    kubeconfig.chmod(0o600)
+    cluster.kubeconfig_of("headrace", SYSTEM, kubeconfig, duration="24h")
 
 
 async def add_claims(kube: Kube) -> None:

@@ -8,6 +8,7 @@ kwok's: every loader and engine is ready at once, every shard pod succeeds.
 
 import asyncio
 import contextlib
+import copy
 import json
 import ssl
 from collections import defaultdict
@@ -258,7 +259,7 @@ class Life:
         await self.kube.create(CLAIM, {"metadata": reference, "spec": claim})
 
     async def run(self) -> None:
-        status, answer = await self.kube.create(MODEL_DEPLOYMENT, self.manifest())
+        status, answer = await self.kube.create(MODEL_DEPLOYMENT, model_deployment(self.namespace))
         assert status == 201, answer
         await self.ready(1)
         for generation, change in enumerate(self.steps, start=2):
@@ -316,19 +317,22 @@ class Life:
             await asyncio.sleep(0.3)
         raise AssertionError(f"{self.namespace}: left over: {left}")
 
-    def manifest(self) -> dict[str, Any]:
-        return {
-            "apiVersion": MODEL_DEPLOYMENT.api_version,
-            "kind": MODEL_DEPLOYMENT.name,
-            "metadata": {"name": NAME, "namespace": self.namespace},
-            "spec": {
-                "model": {"source": "pvc://weights/llama"},
-                "volume": {"existingClaim": {"name": "weights"}},
-                "loading": {"path": "Off"},
-                "gpu": {"sharing": "None"},
-                "engine": {"image": "vllm:cpu"},
-            },
-        }
+
+def model_deployment(namespace: str, name: str = NAME, **spec: Any) -> dict[str, Any]:
+    """Return a ModelDeployment without GPUs that uses a claim "weights", with more of the spec."""
+    return {
+        "apiVersion": MODEL_DEPLOYMENT.api_version,
+        "kind": MODEL_DEPLOYMENT.name,
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "model": {"source": "pvc://weights/llama"},
+            "volume": {"existingClaim": {"name": "weights"}},
+            "loading": {"path": "Off"},
+            "gpu": {"sharing": "None"},
+            "engine": {"image": "vllm:cpu"},
+            **copy.deepcopy(spec),
+        },
+    }
 
 
 def normal(kind: Kind, body: Any) -> Any:

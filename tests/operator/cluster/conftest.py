@@ -4,8 +4,6 @@ There is no kubelet: pods are bound to a node that only keeps its lease (kwok wi
 stages), and `Kubelet` writes what a kubelet would write into their status.
 """
 
-import base64
-import copy
 import http.client
 import json
 import os
@@ -24,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from faults.life import model_deployment
 from headrace_operator.cluster.kinds import (
     CLAIM,
     DEPLOYMENT,
@@ -222,20 +221,7 @@ def install_rbac(cluster: Cluster, **values: str) -> None:
 
 def token_kubeconfig(cluster: Cluster, path: Path) -> Path:
     """Write a kubeconfig with a token of the operator's ServiceAccount."""
-    token = cluster.kubectl("create", "token", "headrace", "-n", SYSTEM).strip()
-    authority = base64.b64encode(cluster.authority.read_bytes()).decode()
-    target = {"server": cluster.server, "certificate-authority-data": authority}
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "it",
-        "clusters": [{"name": "it", "cluster": target}],
-        "users": [{"name": "it", "user": {"token": token}}],
-        "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
-    }
-    path.write_text(yaml.safe_dump(config))
-    path.chmod(0o600)
-    return path
+    return cluster.kubeconfig_of("headrace", SYSTEM, path)
 
 
 @pytest.fixture(scope="session")
@@ -381,19 +367,7 @@ class World:
             )
 
     def manifest(self, name: str = "tiny", **spec: Any) -> dict[str, Any]:
-        return {
-            "apiVersion": MODEL_DEPLOYMENT.api_version,
-            "kind": MODEL_DEPLOYMENT.name,
-            "metadata": {"name": name, "namespace": self.namespace},
-            "spec": {
-                "model": {"source": "pvc://weights/llama"},
-                "volume": {"existingClaim": {"name": "weights"}},
-                "loading": {"path": "Off"},
-                "gpu": {"sharing": "None"},
-                "engine": {"image": "vllm:cpu"},
-                **copy.deepcopy(spec),
-            },
-        }
+        return model_deployment(self.namespace, name, **spec)
 
     def create(self, name: str = "tiny", **spec: Any) -> Any:
         return self.kube.create(MODEL_DEPLOYMENT, self.manifest(name, **spec))

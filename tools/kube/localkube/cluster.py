@@ -18,6 +18,7 @@ from .files import locked
 from .guard import Guard
 from .identities import Identities
 from .images import NAMESPACE, Images, ImageStore
+from .kubeconfig import write_kubeconfig
 from .layout import Layout
 from .namespaces import Namespaces
 from .pki import Authority, Credential
@@ -211,6 +212,16 @@ class Cluster:
         server = self.server
         identities = Identities(self._layout, Authority(self._layout.pki), server)
         return identities.kubeconfig(user, groups, prefix="user-")
+
+    def kubeconfig_of(
+        self, account: str, namespace: str, path: Path, *, duration: str = "1h"
+    ) -> Path:
+        """Write a kubeconfig with a token of a ServiceAccount that ends after `duration`."""
+        name = ("create", "token", account, f"--namespace={namespace}")
+        token = self.kubectl(*name, f"--duration={duration}").strip()
+        return write_kubeconfig(
+            path, server=self.server, authority=self.authority, credential=token
+        )
 
     def run_in_node(
         self, *command: str | Path, check: bool = True, timeout: float = COMMAND_SECONDS

@@ -14,16 +14,24 @@ if TYPE_CHECKING:
     from .pki import Credential
 
 
-def write_kubeconfig(path: Path, *, server: str, authority: Path, credential: Credential) -> Path:
-    """Write a kubeconfig with everything embedded and return `path`."""
+def write_kubeconfig(
+    path: Path, *, server: str, authority: Path, credential: Credential | str
+) -> Path:
+    """Write a kubeconfig with everything embedded and return `path`.
+
+    `credential` is a client certificate, or a bearer token.
+    """
 
     def embedded(file: Path) -> str:
         return base64.b64encode(file.read_bytes()).decode()
 
-    user = {
-        "client-certificate-data": embedded(credential.certificate),
-        "client-key-data": embedded(credential.key),
-    }
+    if isinstance(credential, str):
+        user = {"token": credential}
+    else:
+        user = {
+            "client-certificate-data": embedded(credential.certificate),
+            "client-key-data": embedded(credential.key),
+        }
     config = {
         "apiVersion": "v1",
         "kind": "Config",
