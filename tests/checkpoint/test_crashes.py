@@ -185,7 +185,8 @@ def test_workers_of_two_jobs_share_the_work(larger_model, tmp_path, headrace, sh
     again = start(larger_model, volume / "checkpoint", tmp_path / "log", *options, 0)
     code, last = ended(again)
     assert code == 0
-    assert [*events, last["event"]].count("Published") == 1
+    # Nobody tells it if the killed one published.
+    assert [*events, last["event"]].count("Published") <= 1
     # The killed one may have had a directory that was not yet its lock's: removed in a while.
     left = {path.name for path in volume.iterdir() if not path.name.endswith(".new")}
     assert left == {"checkpoint"}

@@ -228,8 +228,11 @@ def _ready(
     missing = next((drafts[kind] for kind in _SUMMARISED if not drafts[kind].holds), None)
     if missing is not None:
         return Draft(FALSE, missing.reason, missing.message, missing.problem)
+    # A change of annotations begins a new generation of a Deployment, which is not observed at
+    # once: Ready before it would be taken back for a moment.
+    is_final = workload.is_current and not workload.is_settling
     rolled_out = is_rolled_out(observed.deployment, spec.replicas) and not has_old_pods(observed)
-    if workload.is_current and rolled_out:
+    if is_final and rolled_out:
         done = holds("Serving", f"{spec.replicas} of {spec.replicas} replicas answer requests")
         return done if spec.replicas else SCALED_TO_ZERO
     failure = next(iter(failures(observed)), None)

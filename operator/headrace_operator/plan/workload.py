@@ -46,14 +46,16 @@ def template_hash(spec: ModelDeploymentSpec, claim: str) -> str:
 class Workload:
     """What to do about the serving pods.
 
-    `is_current` once the template is the spec's, `is_rolled_back` while the spec's was given up,
-    `has_failed` when its pods did not become ready in time and nothing is there to go back to.
+    `is_current` once the template is the spec's, `is_settling` while what is pinned of it is about
+    to change, `is_rolled_back` while the spec's was given up, `has_failed` when its pods did not
+    become ready in time and nothing is there to go back to.
     """
 
     apply: tuple[Desired, ...] = ()
     scale: Scale | None = None
     delete: tuple[Deletion, ...] = ()
     is_current: bool = False
+    is_settling: bool = False
     is_rolled_back: bool = False
     has_failed: bool = False
     canary: CanaryState | None = None
@@ -119,6 +121,7 @@ def _plan_template(
         _rendered(owner, spec, claim, pin, live, canary),
         delete=_stale(owner, spec, observed, claim) if is_current else (),
         is_current=is_current,
+        is_settling=is_current and pin != Pin.of(live),
         has_failed=failed,
     )
 
