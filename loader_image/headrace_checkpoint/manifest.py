@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: typed reading and writing of manifest.json.
 
 Standard library only, so that the loader and the engine side can import it without
-numpy. docs/checkpoint-format.md specifies the format for other writers and readers.
+numpy. docs/checkpoint.md specifies the format for other writers and readers.
 """
 
 import json

@@ -192,13 +192,13 @@ def test_needs_the_standard_library_alone():
 
 
 def test_the_documented_example_is_valid():
-    text = (REPOSITORY / "docs" / "checkpoint-format.md").read_text()
+    text = (REPOSITORY / "docs" / "checkpoint.md").read_text()
     example = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
     assert Manifest.from_json(example.encode()).total_bytes == 516
 
 
 def test_every_reason_is_documented():
-    text = (REPOSITORY / "docs" / "checkpoint-format.md").read_text()
+    text = (REPOSITORY / "docs" / "checkpoint.md").read_text()
     reasons = {*InputError.__subclasses__(), *TransientError.__subclasses__(), InternalError}
     assert len(reasons) > 10
     assert [cls.__name__ for cls in reasons if f"`{cls.__name__}`" not in text] == []

@@ -1,4 +1,4 @@
-"""docs/conditions.md knows every condition and every reason, docs/troubleshooting.md what to do."""
+"""docs/reference/conditions.md knows every condition and every reason, docs/troubleshooting.md what to do."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def section(page: str, heading: str) -> str:
 
 
 def test_every_reason_and_condition_is_documented() -> None:
-    text = (ROOT / "docs/conditions.md").read_text()
+    text = (ROOT / "docs/reference/conditions.md").read_text()
     known = set(re.findall(r"`([A-Za-z0-9]+)…?`", text))
     assert len(reasons()) > 35
     assert reasons() - known == set()
@@ -44,7 +44,7 @@ def test_every_reason_and_condition_is_documented() -> None:
 def test_the_reasons_of_volume_ready_are_a_closed_list() -> None:
     made = reasons(*VOLUME_MODULES)
     assert len(made) > 20
-    table = section("conditions.md", "### VolumeReady")
+    table = section("reference/conditions.md", "### VolumeReady")
     cells = "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))
     assert set(re.findall(r"`(\w+)`", cells)) == made
     headings = re.findall(r"^### (\w+)$", section("troubleshooting.md", "## VolumeReady"), re.M)

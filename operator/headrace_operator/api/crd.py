@@ -107,7 +107,7 @@ def outputs() -> dict[Path, str]:
         Path("crds", f"{NAME}.yaml"): text,
         Path("charts/headrace/files/crds", f"{NAME}.yaml"): text,
         Path("charts/headrace-model/values.schema.json"): values_schema(crd),
-        Path("docs/modeldeployment.md"): reference(crd),
+        Path("docs/reference/modeldeployment.md"): reference(crd),
     }
 
 
