@@ -1,10 +1,11 @@
 """The client side: ask for a rank's weights, receive their descriptors, hold the lease."""
 
 import contextlib
+import gc
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -157,6 +158,21 @@ def _connect(path: str, deadline: float) -> socket.socket:
     return sock
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep the garbage collector off: a reply makes many objects and no garbage.
+
+    With tens of thousands of tensors it would go through all of an engine's objects several times.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _await_ready(
     channel: Channel, request: Request, deadline: float, on_progress: ProgressCallback | None
 ) -> Ready:
@@ -164,7 +180,8 @@ def _await_ready(
         line = channel.receive(limit=MAX_REPLY_BYTES, deadline=deadline)
         if line is None:
             raise PeerClosed("the loader closed the connection before the weights were ready")
-        reply = decode_reply(line)
+        with _without_collections():
+            reply = decode_reply(line)
         if isinstance(reply, Failure):
             raise Refused(reply.reason, reply.message)
         if isinstance(reply, Loading):

@@ -58,6 +58,10 @@ class Offer:
         """The message as it is sent; made once, since there may be tens of thousands of tensors."""
         return self.ready.encode()
 
+    def prepare(self) -> None:
+        """Make the line before somebody waits for it."""
+        _ = self.line
+
 
 class WeightSource(Protocol):
     """What the server hands out. Every method is called from many threads."""

@@ -319,11 +319,13 @@ class Supervisor:
         self._held += descriptors
         for descriptor in descriptors:
             protect(self._options.backend, descriptor)
+        offer = Offer(ready, (*descriptors, lease.descriptor))
         with self._state.changing():
             rank.verified_at = verified_at
-            rank.offer = Offer(ready, (*descriptors, lease.descriptor))
+            rank.offer = offer
             if self._state.resident:
                 self._state.mark("resident")
+        offer.prepare()  # while the engine's container starts
 
     def _log_path(self, rank: RankState, report: PathReport) -> None:
         """Say which way the bytes take; a way worse than what was wished for is a warning."""

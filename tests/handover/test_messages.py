@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace_handover import messages
 from headrace_handover.errors import ProtocolViolation
 from headrace_handover.messages import (
     MAX_REGIONS,
@@ -89,16 +90,40 @@ def paths(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ..
     return found
 
 
-@given(st.data(), readies(), json_values)
-def test_a_changed_field_is_refused_or_keeps_every_rule(
-    data: st.DataObject, ready: Ready, value: object
-) -> None:
-    document = json.loads(ready.encode())
+def decoded(line: bytes) -> object:
+    """The reply, or why it is refused."""
+    try:
+        return decode_reply(line)
+    except ProtocolViolation as error:
+        return str(error)
+
+
+def with_one_changed(data: st.DataObject, ready: Ready, value: object) -> dict[str, object]:
+    document = dict(json.loads(ready.encode()))
     *parents, last = data.draw(st.sampled_from(paths(document)[1:]))
     target = document
     for step in parents:
         target = target[step]
     target[last] = value
+    return document
+
+
+@given(st.data(), readies(), json_values)
+def test_columns_accept_what_single_values_do(
+    data: st.DataObject, ready: Ready, value: object
+) -> None:
+    line = json.dumps(with_one_changed(data, ready, value)).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "_are_valid", lambda *_: False)
+        expected = decoded(line)
+    assert decoded(line) == expected
+
+
+@given(st.data(), readies(), json_values)
+def test_a_changed_field_is_refused_or_keeps_every_rule(
+    data: st.DataObject, ready: Ready, value: object
+) -> None:
+    document = with_one_changed(data, ready, value)
     try:
         reply = decode_reply(json.dumps(document).encode())
     except ProtocolViolation:
