@@ -26,6 +26,7 @@ _F16_QUIET_NAN = 0x7E00
 _F32_QUIET_BIT = np.uint32(0x0040_0000)
 
 
+_STRIP_ROWS = 64
 _FP8_MAX = np.float32(448.0)
 _FP8_SMALLEST_SCALE = np.float32(1.0) / (_FP8_MAX * np.float32(512.0))
 _FP8_SMALLEST_NORMAL_BITS = np.uint32(121 << 23)
@@ -76,6 +77,18 @@ def convert(array: Array, source: str, target: str) -> Array:
     if target == "BF16":
         return _bfloat16(single, _BF16_NAN[source])
     return _float16(single)
+
+
+def transpose(matrix: Array) -> Array:
+    """Return a matrix with rows and columns exchanged, dense.
+
+    In strips, because numpy's own copy of a transposed matrix misses the cache at every element:
+    a sixth of the speed at 2880 by 5760.
+    """
+    made = np.empty(matrix.shape[::-1], matrix.dtype)
+    for row in range(0, len(matrix), _STRIP_ROWS):
+        made[:, row : row + _STRIP_ROWS] = matrix[row : row + _STRIP_ROWS].T
+    return made
 
 
 def _to_float32(array: Array, source: str) -> Array:

@@ -5,7 +5,7 @@ written: sizes against the parallelism, every source tensor against the sizes.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import overload
@@ -34,6 +34,7 @@ from headrace_checkpoint.quantization import (
     Stored,
     Use,
     parse_format,
+    refuse_format,
 )
 
 DEFAULT_PART_BYTES = 4 * 1024**3
@@ -56,7 +57,8 @@ class SourceTensor:
 class Slice:
     """Rows and columns, as half-open ranges, of a source tensor seen as a matrix.
 
-    The first axis is the rows, the others together the columns; a vector has one column. With
+    The first `row_axes` axes together are the rows, the others the columns; a vector has one
+    column. `transposed`, the elements are in the order of the columns. With
     `use` "scale" the elements must be finite. With "fp8" and "fp8-scale" they are of the matrix
     that is made of the rows converted to `dtype` (safetensors name): the quantized elements, or
     one column of scales.
@@ -67,6 +69,8 @@ class Slice:
     columns: tuple[int, int]
     use: Use = ""
     dtype: str = ""
+    row_axes: int = 1
+    transposed: bool = False
 
     @property
     def elements(self) -> int:
@@ -184,7 +188,7 @@ def plan(
     tensor that the table has no place for.
     """
     planner = _Planner(architecture, config, sources, tensor_parallel_size, dtype)
-    planner.format = ONLINE_FP8 if quantize else parse_format(config.values)
+    planner.format = planner.find_format(quantize=quantize)
     planner.stages = pipeline_parallel_size
     planner.expert_ranks = expert_parallel_size
     planner.check_parallelism()
@@ -253,6 +257,19 @@ class _Planner:
         self.used: set[str] = set()
         self.quantized: list[str] = []
         self.unquantized: list[str] = []
+
+    def find_format(self, *, quantize: bool) -> Format | None:
+        """Return the source's format; raises ArchitectureUnsupported where the table has none."""
+        rules = self.architecture.per_layer
+        if any(isinstance(rule, Tensor) and rule.linear for rule in rules):
+            return ONLINE_FP8 if quantize else parse_format(self.config.values)
+        if quantize:
+            raise ArchitectureUnsupported(
+                f"quantization fp8: {self.architecture.name} is supported unquantized only; shard "
+                "it with quantization none"
+            )
+        refuse_format(self.config.values, self.architecture.name)
+        return None
 
     def targets(self, stage: int) -> list[TargetTensor]:
         """Return the tensors of a pipeline stage, in the order of the table."""
@@ -324,16 +341,17 @@ class _Planner:
         shape: tuple[int, ...] = ()
         for index in range(self.sizes[rule.stack] if rule.stack else 1):
             pieces = _numbered(rule, "{index}", index).pieces if rule.stack else rule.pieces
-            cuts = [self._cut(rule, piece, stored, piece is not pieces[-1]) for piece in pieces]
+            cuts = [self._cut(rule, p, stored, p is not pieces[-1], index) for p in pieces]
             if stored.last or (rule.stack and stored.last_of_expert):
                 del cuts[:-1]
             for rank in self._holders(rule, index):
                 by_rank[rank] += _joined([cut.segments(rank) for cut in cuts], stored)
-            shape = _joined_shape([cut.share for cut in cuts], stored)
+            shape = _joined_shape([cut.target_share for cut in cuts], stored)
         if rule.stack:
             experts = self.sizes[rule.stack] // self.expert_ranks
-            shape = (experts, *shape) if shape != (1,) else (experts,)
-        return TargetTensor(_in_place(rule.name, stored), dtype, shape, tuple(map(tuple, by_rank)))
+            shape = (experts, *shape) if stored.per != (0, 0) or shape != (1,) else (experts,)
+        merged = tuple(tuple(_merged(segments)) for segments in by_rank)
+        return TargetTensor(_in_place(rule.name, stored), dtype, shape, merged)
 
     def _holders(self, rule: Tensor, index: int) -> Sequence[int]:
         """Ranks that have one of stacked experts: with expert parallelism, consecutive ones."""
@@ -341,23 +359,37 @@ class _Planner:
             return range(self.ranks)
         return (index // (self.sizes[rule.stack] // self.expert_ranks),)
 
-    def _cut(self, rule: Tensor, piece: Piece, stored: Stored, followed: bool) -> "_Cut":
-        """Check a piece's source tensor, and how ranks divide it."""
+    def _cut(
+        self, rule: Tensor, piece: Piece, stored: Stored, followed: bool, index: int
+    ) -> "_Cut":
+        """Check a piece's source tensor, and how ranks divide it, or that at `index` of it."""
         extents = tuple(map(self._extent, piece.shape))
         per = stored.per if len(extents) == 2 else (1,) * len(extents)
         shape = tuple(-(-n // each) if each else 1 for n, each in zip(extents, per, strict=True))
         online = stored.use.startswith("fp8")
         source = piece.source if online else _in_place(piece.source, stored)
         expected = stored.fixed or (shape[::-1] if stored.transposed else shape)
-        self._check_source(source, piece, extents if online else expected, stored)
-        template = Slice(source, (0, 0), (0, 0), stored.use, self.dtype if online else "")
+        self._check_source(source, rule, piece, extents if online else expected, stored)
+        template = Slice(
+            source,
+            (0, 0),
+            (0, 0),
+            stored.use,
+            self.dtype if online else "",
+            transposed=piece.transposed,
+        )
         if stored.fixed:
             return _Cut(template, stored.fixed, stored.fixed)
-        split = None if rule.stack and self.expert_ranks > 1 else piece.split
+        whole_experts = rule.stack is not None and self.expert_ranks > 1
+        position = index if piece.stacked else None
+        if piece.on_first_rank and not whole_experts:
+            first = (0, *[expected[0]] * (self.ranks - 1))
+            return _Cut(template, expected, expected, 0, first, position)
+        split = None if whole_experts else piece.split
         if split is None or not per[split.axis]:
             if followed and per[0] > 1 and extents[0] % per[0]:
                 raise self._uneven(source, extents[0], per[0], "rows")
-            return _Cut(template, expected, expected)
+            return _Cut(template, expected, expected, index=position)
         axis, each = split.axis, per[split.axis]
         width = extents[axis] // self.sizes[split.unit]
         begin, end = (unit * width for unit in self._units(split, 0))
@@ -368,7 +400,7 @@ class _Planner:
         stored_axis = 1 - axis if stored.transposed else axis
         share = list(expected)
         share[stored_axis] = -(-(end - begin) // each)
-        return _Cut(template, expected, tuple(share), stored_axis, first)
+        return _Cut(template, expected, tuple(share), stored_axis, first, position)
 
     def _uneven(self, source: str, count: int, each: int, what: str) -> ParallelismInvalid:
         name = self.format.name if self.format else ""
@@ -404,9 +436,14 @@ class _Planner:
         return tuple(rule.prefix.replace("{layer}", str(layer)) for layer in layers)
 
     def _check_source(
-        self, source: str, piece: Piece, shape: tuple[int, ...], stored: Stored
+        self, source: str, rule: Tensor, piece: Piece, shape: tuple[int, ...], stored: Stored
     ) -> None:
-        """Check shape and element type of a source tensor against config.json."""
+        """Check shape and element type of a source tensor against config.json.
+
+        `shape` is that of the piece; the tensor may be a stack of such.
+        """
+        stack = (rule.stack,) if rule.stack and piece.stacked else ()
+        shape = (*(self.sizes[name] for name in stack), *shape)
         found = self.sources.get(source)
         quantized = f" with {self.format.name}" if self.format else ""
         if found is None:
@@ -416,7 +453,7 @@ class _Planner:
             )
         shapes = [(), (1,)] if stored.per == (0, 0) else [shape]
         if found.shape not in shapes:
-            sizes = ", ".join(self._described(axis) for axis in piece.shape)
+            sizes = ", ".join(self._described(axis) for axis in (*stack, *piece.shape))
             raise SourceCorrupt(
                 f"{found.file}: tensor {source!r}: shape {list(found.shape)}: config.json "
                 f"demands {list(shapes[-1])} ({sizes}{quantized})"
@@ -520,13 +557,22 @@ class _Planner:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A source tensor of `shape` of which ranks have `share` each, from `first[rank]` of `axis`."""
+    """A source tensor of `shape` of which ranks have `share` each, from `first[rank]` of `axis`.
+
+    With `index` the source tensor is a stack of such tensors, and this is the one at `index`.
+    """
 
     template: Slice
     shape: tuple[int, ...]
     share: tuple[int, ...]
     axis: int | None = None
     first: tuple[int, ...] = ()
+    index: int | None = None
+
+    @property
+    def target_share(self) -> tuple[int, ...]:
+        """The shape of a rank's share in the engine's tensor."""
+        return self.share[::-1] if self.template.transposed else self.share
 
     def segments(self, rank: int) -> list[Segment]:
         """Return a rank's share: of its source and, beyond that, zeros."""
@@ -537,10 +583,18 @@ class _Cut:
                 for count in (0, self.share[self.axis])
             )
             rows, columns = ((begin, end), columns) if self.axis == 0 else (rows, (begin, end))
-        found = replace(self.template, rows=rows, columns=columns)
+        found = self._slice(rows, columns)
         segments: list[Segment] = [found] if found.elements else []
         missing = math.prod(self.share) - found.elements
         return [*segments, Fill(missing, 0.0)] if missing else segments
+
+    def _slice(self, rows: tuple[int, int], columns: tuple[int, int]) -> Slice:
+        if self.index is None:
+            return replace(self.template, rows=rows, columns=columns)
+        if len(self.shape) == 1:
+            return replace(self.template, rows=(self.index, self.index + 1), columns=rows)
+        begin, end = (self.index * self.shape[0] + row for row in rows)
+        return replace(self.template, rows=(begin, end), columns=columns, row_axes=2)
 
 
 def stage_layers(layers: int, stages: int) -> list[tuple[int, int]]:
@@ -566,6 +620,28 @@ def _joined(pieces: Sequence[list[Segment]], stored: Stored) -> list[Segment]:
         slices = [one for segments in pieces for one in segments if isinstance(one, Slice)]
         return [Beside(tuple(slices))]
     return [segment for segments in pieces for segment in segments]
+
+
+def _merged(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Join slices of a stack that go on where the one before ends, and fills of one value."""
+    last: Segment | None = None
+    for segment in segments:
+        joined = _joined_to(last, segment)
+        if last is not None and joined is None:
+            yield last
+        last = joined or segment
+    if last is not None:
+        yield last
+
+
+def _joined_to(last: Segment | None, segment: Segment) -> Segment | None:
+    match last, segment:
+        case Fill(), Fill() if last.value == segment.value:
+            return Fill(last.elements + segment.elements, last.value)
+        case Slice(transposed=False), Slice() if last.rows[1] == segment.rows[0]:
+            joined = replace(last, rows=(last.rows[0], segment.rows[1]))
+            return joined if replace(segment, rows=joined.rows) == joined else None
+    return None
 
 
 def _joined_shape(shapes: Sequence[tuple[int, ...]], stored: Stored) -> tuple[int, ...]:

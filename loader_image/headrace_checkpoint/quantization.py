@@ -131,6 +131,16 @@ def parse_format(config: Mapping[str, object]) -> Format | None:
     return methods[values.choice("quant_method", *methods)](values)
 
 
+def refuse_format(config: Mapping[str, object], architecture: str) -> None:
+    """Raise ArchitectureUnsupported naming the field of config.json that asks for a format."""
+    for field in _FIELDS:
+        found = config.get(field)
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        if found is not None:
+            rule = f"{architecture} is supported unquantized only; take its bfloat16 form"
+            raise _unsupported(f"{field}.quant_method", method, rule)
+
+
 def _fp8(values: "_Values") -> Format:
     scheme = values.choice("activation_scheme", "dynamic", "static")
     values.absent("store_dtype")

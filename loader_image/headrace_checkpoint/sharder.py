@@ -22,6 +22,7 @@ from headrace_checkpoint.convert import (
     finite,
     fp8_elements,
     fp8_scales,
+    transpose,
 )
 from headrace_checkpoint.errors import (
     CheckpointError,
@@ -439,9 +440,9 @@ class _Piece(NamedTuple):
     segment: Segment
 
     @property
-    def rows(self) -> tuple[tuple[str, tuple[int, int]], ...]:
-        """Which rows of which source tensors it needs."""
-        return tuple((one.source, one.rows) for one in _slices(self.segment))
+    def rows(self) -> tuple[tuple[str, tuple[int, int], int], ...]:
+        """Which rows of which source tensors it needs, and how many axes make the rows."""
+        return tuple((one.source, one.rows, one.row_axes) for one in _slices(self.segment))
 
 
 def _slices(segment: Segment) -> tuple[Slice, ...]:
@@ -469,8 +470,8 @@ def _read_ahead(source: Source, part_plan: PartPlan, executor: Executor) -> Iter
 def _read(source: Source, pieces: list[_Piece], buffer: AlignedBuffer) -> _Blocks:
     """Read the rows that the pieces have in common, once, and cut and convert them."""
     found: dict[str, Array] = {}
-    for name, rows in pieces[0].rows:
-        found[name] = source.read(name, rows, AlignedBuffer() if found else buffer)
+    for name, rows, row_axes in pieces[0].rows:
+        found[name] = source.read(name, rows, AlignedBuffer() if found else buffer, row_axes)
     blocks = []
     for rank, dtype, segment in pieces:
         if isinstance(segment, Fill):
@@ -501,7 +502,8 @@ def _made(source: Source, wanted: Slice, rows: Array, dtype: str) -> Array:
             f"{tensor.file}: tensor {wanted.source!r}: NaN or infinite in rows "
             f"{wanted.rows[0]} to {wanted.rows[1] - 1}: scales must be finite; copy it again"
         )
-    return convert(block, tensor.dtype, dtype)
+    converted = convert(block, tensor.dtype, dtype)
+    return transpose(converted) if wanted.transposed else converted
 
 
 def _pieces(source: Source, part_plan: PartPlan) -> Iterator[_Piece]:
@@ -518,8 +520,11 @@ def _cut(source: Source, segments: Iterable[Segment]) -> Iterator[Segment]:
         if isinstance(segment, Fill):
             for begin in range(0, segment.elements, BLOCK_BYTES):
                 yield Fill(min(BLOCK_BYTES, segment.elements - begin), segment.value)
+        elif isinstance(segment, Slice) and segment.transposed:
+            yield segment  # the first element of its last row comes before the second of its first
         elif isinstance(segment, Slice):
-            for rows in _row_blocks(segment.rows, source.row_bytes(segment.source)):
+            width = source.row_bytes(segment.source, segment.row_axes)
+            for rows in _row_blocks(segment.rows, width):
                 yield replace(segment, rows=rows)
         else:
             width = sum(source.row_bytes(one.source) for one in segment.slices)

@@ -84,21 +84,23 @@ class Source:
                     "copy both again"
                 )
 
-    def read(self, name: str, rows: tuple[int, int], buffer: AlignedBuffer) -> Array:
+    def read(
+        self, name: str, rows: tuple[int, int], buffer: AlignedBuffer, row_axes: int = 1
+    ) -> Array:
         """Read whole rows, a half-open range, as a matrix of the tensor's storage type.
 
         It lies in `buffer`.
         """
         tensor = self.tensors[name]
-        dtype, width = STORAGE[tensor.dtype], self.row_bytes(name)
+        dtype, width = STORAGE[tensor.dtype], self.row_bytes(name, row_axes)
         offset, length = tensor.offset + rows[0] * width, (rows[1] - rows[0]) * width
         data = self._files[tensor.file].read_aligned(offset, length, buffer)
         return np.frombuffer(data, dtype).reshape(rows[1] - rows[0], -1)
 
-    def row_bytes(self, name: str) -> int:
+    def row_bytes(self, name: str, row_axes: int = 1) -> int:
         """Bytes of one row of a tensor seen as a matrix, as in Slice."""
         tensor = self.tensors[name]
-        return math.prod(tensor.shape[1:]) * ITEM_BYTES[tensor.dtype]
+        return math.prod(tensor.shape[row_axes:]) * ITEM_BYTES[tensor.dtype]
 
     def check_unchanged(self) -> None:
         """Raise StorageError where a weight file was written since it was opened."""

@@ -99,6 +99,12 @@ def _slots(model: nn.Module) -> list[Slot]:
                 slot = slots.setdefault(id(tensor), Slot(tensor, [], []))
                 slot.names.append(f"{prefix}.{leaf}" if prefix else leaf)
                 slot.places.append((holder, leaf))
+    for module in model.modules():
+        for thing in vars(module).values():
+            # Such as attention's implementation, which keeps GPT-OSS's sinks to itself.
+            for leaf, tensor in getattr(thing, "__dict__", {}).items():
+                if id(tensor) in slots:
+                    slots[id(tensor)].places.append((vars(thing), leaf))
     return list(slots.values())
 
 

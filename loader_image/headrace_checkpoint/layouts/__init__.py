@@ -17,6 +17,7 @@ VLLM: dict[str, Architecture] = {
         mixtures.QWEN3_MOE,
         mixtures.DEEPSEEK_V2,
         mixtures.DEEPSEEK_V3,
+        mixtures.GPT_OSS,
     )
 }
 """Layout `vllm`: the state dict of vLLM after weight loading, before post-processing."""

@@ -28,6 +28,8 @@ MLP = f"{LAYER}.mlp"
 
 HEADS = Split(axis=0, unit="heads")
 KV_HEADS = Split(axis=0, unit="kv_heads", replicate=True)
+WHOLE_KV_HEADS = Split(axis=0, unit="kv_heads")
+"""For classes that cannot have fewer key and value heads than ranks."""
 VOCABULARY = Split(axis=0, unit="vocabulary", pad=64)
 
 TIED = Flag("tie_word_embeddings")
@@ -116,13 +118,15 @@ def stored_twice(tied: Condition) -> tuple[Copy, ...]:
     return (Copy("lm_head.weight", "model.embed_tokens.weight", when=tied),)
 
 
-def qkv(kind: str, *columns: str, when: Condition | None = None) -> Tensor:
+def qkv(
+    kind: str, *columns: str, when: Condition | None = None, kv_heads: Split = KV_HEADS
+) -> Tensor:
     """Query, key and value rows below one another, of weights or biases."""
     query, key = ("heads*head_dim", *columns), ("kv_heads*head_dim", *columns)
     pieces = (
         Piece(f"{ATTENTION}.q_proj.{kind}", query, HEADS),
-        Piece(f"{ATTENTION}.k_proj.{kind}", key, KV_HEADS),
-        Piece(f"{ATTENTION}.v_proj.{kind}", key, KV_HEADS),
+        Piece(f"{ATTENTION}.k_proj.{kind}", key, kv_heads),
+        Piece(f"{ATTENTION}.v_proj.{kind}", key, kv_heads),
     )
     linear = kind == "weight"
     return Tensor(f"{ATTENTION}.qkv_proj.{kind}", pieces, when=when, linear=linear)
@@ -172,10 +176,10 @@ def cache_scales(attention: str) -> Rules:
     )
 
 
-def attention() -> Rules:
+def attention(kv_heads: Split = KV_HEADS) -> Rules:
     """Grouped-query attention without biases."""
     return (
-        qkv("weight", "hidden"),
+        qkv("weight", "hidden", kv_heads=kv_heads),
         rows_parallel(f"{ATTENTION}.o_proj", "heads", "hidden", "heads*head_dim"),
         *scales(f"{ATTENTION}.attn"),
         *cache_scales(f"{ATTENTION}.attn"),

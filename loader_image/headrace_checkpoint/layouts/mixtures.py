@@ -1,4 +1,4 @@
-"""Decoders with experts: Mixtral, Qwen3-MoE, DeepSeek-V2 and -V3, as vLLM lays them out."""
+"""Decoders with experts: Mixtral, Qwen3-MoE, DeepSeek-V2 and -V3, GPT-OSS, as vLLM has them."""
 
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from headrace_checkpoint.layouts.blocks import (
     RECOMPUTED,
     SIZES,
     TIED,
+    WHOLE_KV_HEADS,
     Rules,
     attention,
     embedding_on_every_stage,
@@ -20,6 +21,8 @@ from headrace_checkpoint.layouts.blocks import (
     head_on_every_stage,
     mlp,
     norms,
+    on_every_stage,
+    qkv,
     rows_parallel,
     scales,
     whole,
@@ -27,12 +30,14 @@ from headrace_checkpoint.layouts.blocks import (
 from headrace_checkpoint.layouts.dense import LLAMA
 from headrace_checkpoint.layouts.rules import (
     Architecture,
+    Constant,
     DroppedLayers,
     Equals,
     Given,
     Piece,
     Size,
     SparseLayers,
+    Split,
     Tensor,
 )
 
@@ -155,3 +160,59 @@ DEEPSEEK_V3 = Architecture(
 )
 
 DEEPSEEK_V2 = replace(DEEPSEEK_V3, name="DeepseekV2ForCausalLM")
+
+
+_EXPERTS = f"{MLP}.experts"
+_EXPERT_ROWS = Split(axis=0, unit="inner")
+_EXPERT_COLUMNS = Split(axis=1, unit="inner")
+
+
+def _gpt_oss_experts() -> Rules:
+    """All experts of a layer, of sources that hold them stacked; gate and up take turns there.
+
+    The down projection's bias is added after the sum over ranks, so rank 0 alone has it.
+    """
+    both = "inner+inner"
+    sources = {
+        "w13_weight": Piece("gate_up_proj", ("hidden", both), _EXPERT_COLUMNS, transposed=True),
+        "w13_bias": Piece("gate_up_proj_bias", (both,), _EXPERT_ROWS),
+        "w2_weight": Piece("down_proj", ("inner", "hidden"), _EXPERT_ROWS, transposed=True),
+        "w2_bias": Piece("down_proj_bias", ("hidden",), on_first_rank=True),
+    }
+    return tuple(
+        Tensor(
+            f"{_EXPERTS}.routed_experts.{name}",
+            (replace(piece, source=f"{_EXPERTS}.{piece.source}", stacked=True),),
+            sparse=True,
+            stack="experts",
+        )
+        for name, piece in sources.items()
+    )
+
+
+def _in_attn(*rules: Tensor | Constant) -> Rules:
+    """Attention in a module that vLLM names attn, of a class without quantized formats."""
+    renamed = (replace(r, name=r.name.replace(".self_attn.", ".attn.")) for r in rules)
+    return tuple(replace(r, linear=False) if isinstance(r, Tensor) else r for r in renamed)
+
+
+GPT_OSS = Architecture(
+    name="GptOssForCausalLM",
+    sizes=SIZES | EXPLICIT_HEAD_DIM | {"experts": Size("num_local_experts")},
+    before_layers=on_every_stage(replace(EMBEDDING, name="model.embedding.weight")),
+    per_layer=(
+        *_in_attn(
+            *attention(kv_heads=WHOLE_KV_HEADS),
+            qkv("bias", kv_heads=WHOLE_KV_HEADS),
+            whole(f"{ATTENTION}.o_proj.bias", "hidden"),
+            Tensor(f"{ATTENTION}.sinks", (Piece(f"{ATTENTION}.sinks", ("heads",), HEADS),)),
+        ),
+        whole(f"{MLP}.router.weight", "experts", "hidden"),
+        whole(f"{MLP}.router.bias", "experts"),
+        *_gpt_oss_experts(),
+        *_NORMS,
+    ),
+    after_layers=on_every_stage(whole("model.norm.weight", "hidden"), HEAD),
+    ignored=RECOMPUTED,
+    sparse_layers=SparseLayers(),
+)

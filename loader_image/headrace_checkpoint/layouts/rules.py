@@ -71,12 +71,18 @@ class Piece:
     """A source tensor's share in a fused tensor.
 
     `shape` gives one entry per axis: names of sizes, multiplied where joined by `*`, the
-    products added where joined by `+`. Without `split` every rank has the whole tensor.
+    products added where joined by `+`. Without `split` every rank has the whole tensor, or, with
+    `on_first_rank`, rank 0 has it and the others zeros, as of what is added after their sum.
+    With `stacked` the source holds all of a stack along one more axis, its first. With
+    `transposed` the engine has the two axes the other way round.
     """
 
     source: str
     shape: tuple[str, ...]
     split: Split | None = None
+    on_first_rank: bool = False
+    stacked: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +90,8 @@ class Tensor:
     """A tensor of the engine: pieces joined along the first axis.
 
     With `stack`, the name of a size, it has that many such joints one after the other along
-    a new first axis, and `{index}` in a piece's source is the position; these are experts,
-    which expert parallel ranks have whole. `dtype` is for tensors whose element type is not
+    a new first axis, and `{index}` in a piece's source is the position, unless the piece is
+    `stacked`; these are experts, which expert parallel ranks have whole. `dtype` is for tensors whose element type is not
     the model's. It exists where `when` holds and `unless` does not, and, with `sparse`, only
     in layers that have experts (true) or in those that have none (false). `linear` are weights
     that quantized formats store as other tensors. `stage` is for tensors outside of the
