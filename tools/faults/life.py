@@ -26,6 +26,7 @@ from headrace_operator.cluster.kinds import (
     CLAIM,
     CLAIM_TEMPLATE,
     DEPLOYMENT,
+    DISRUPTION_BUDGET,
     JOB,
     MODEL_DEPLOYMENT,
     POD,
@@ -46,21 +47,28 @@ from .proxy import Harm, Proxy, Request
 
 REPLICA_SET = Kind("ReplicaSet", "apps", "v1", "replicasets")
 NAMESPACE = Kind("Namespace", "", "v1", "namespaces", namespaced=False)
-CHILDREN = (JOB, DEPLOYMENT, SERVICE, CLAIM, CLAIM_TEMPLATE, POD, REPLICA_SET)
+COUNTED = (JOB, DEPLOYMENT, SERVICE, REPLICA_SET)
+CHILDREN = (*COUNTED, CLAIM, CLAIM_TEMPLATE, DISRUPTION_BUDGET, POD)
 MERGE = "application/merge-patch+json"
 WAIT_SECONDS = 240.0
 LIFE_SECONDS = 420.0
 FIRST_COMPLETED = asyncio.FIRST_COMPLETED
 NAME = "tiny"
+READY = "Ready"
+WEIGHTS = (CLAIM.name, "weights")
 
 
 @dataclass
 class Kube:
-    """The administrator's client, and a watch that tells who waits for what."""
+    """The administrator's client, and watches of all that is there, which wake those who wait."""
 
     cluster: Cluster
     resources: dict[str, Any] = field(default_factory=dict)
-    made: dict[str, list[tuple[str, str, str]]] = field(default_factory=lambda: defaultdict(list))
+    children: dict[str, dict[tuple[str, str], Any]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+    made: dict[str, set[tuple[str, str, str]]] = field(default_factory=lambda: defaultdict(set))
+    taken_back: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     async def __aenter__(self) -> Self:
         context = ssl.create_default_context(cafile=str(self.cluster.authority))
@@ -71,8 +79,8 @@ class Kube:
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=2**21,
         )
-        self._changed = asyncio.Condition()
-        kinds = (MODEL_DEPLOYMENT, JOB, DEPLOYMENT, SERVICE, REPLICA_SET)
+        self._changed: dict[str, asyncio.Condition] = defaultdict(asyncio.Condition)
+        kinds = (MODEL_DEPLOYMENT, *CHILDREN)
         self._tasks = [asyncio.create_task(self._follow(kind)) for kind in kinds]
         return self
 
@@ -113,11 +121,12 @@ class Kube:
         status, answer = await self.request("PATCH", path, {"spec": spec}, MERGE)
         assert status == 200, answer
 
-    async def wait(self, check: Callable[[], object], what: str) -> None:
-        """Wait for a check, which is asked again at every change of anything followed."""
+    async def wait(self, namespace: str, check: Callable[[], object], what: str) -> None:
+        """Wait for a check, which is asked again at every change of what is followed there."""
+        changed = self._changed[namespace]
         try:
-            async with asyncio.timeout(WAIT_SECONDS), self._changed:
-                await self._changed.wait_for(check)
+            async with asyncio.timeout(WAIT_SECONDS), changed:
+                await changed.wait_for(check)
         except TimeoutError:
             raise AssertionError(f"{what}: not within {WAIT_SECONDS} s") from None
 
@@ -126,30 +135,73 @@ class Kube:
             with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
                 async with self._session.get(kind.path() + "?watch=true") as answer:
                     answer.raise_for_status()
+                    self._forget(kind)
                     async for line in answer.content:
                         await self._take(kind, json.loads(line))
             await asyncio.sleep(0.2)
 
+    def _forget(self, kind: Kind) -> None:
+        """A watch begins with all there is, and does not tell what went while there was none."""
+        for there in self.children.values():
+            for key in [key for key in there if key[0] == kind.name]:
+                del there[key]
+
     async def _take(self, kind: Kind, event: dict[str, Any]) -> None:
         metadata = event["object"].get("metadata", {})
-        namespace = metadata.get("namespace", "")
-        if kind is not MODEL_DEPLOYMENT:
-            entry = (kind.name, metadata.get("name", ""), metadata.get("uid", ""))
-            if event["type"] == "ADDED" and entry not in self.made[namespace]:
-                self.made[namespace].append(entry)
+        namespace, name = metadata.get("namespace", ""), metadata.get("name", "")
+        if event["type"] == "ERROR":
             return
-        async with self._changed:
-            if event["type"] == "DELETED":
-                self.resources.pop(namespace, None)
-            elif event["type"] != "ERROR":
-                self.resources[namespace] = event["object"]
-            self._changed.notify_all()
+        async with self._changed[namespace]:
+            if kind is MODEL_DEPLOYMENT:
+                self._take_resource(namespace, event)
+            elif event["type"] == "DELETED":
+                self.children[namespace].pop((kind.name, name), None)
+            else:
+                self.children[namespace][kind.name, name] = metadata
+                if kind in COUNTED:
+                    self.made[namespace].add((kind.name, name, metadata["uid"]))
+            self._changed[namespace].notify_all()
+
+    def _take_resource(self, namespace: str, event: dict[str, Any]) -> None:
+        if event["type"] == "DELETED":
+            self.resources.pop(namespace, None)
+            return
+        generation = event["object"]["metadata"]["generation"]
+        was_ready = self.is_ready(namespace, generation)
+        self.resources[namespace] = event["object"]
+        if was_ready and not self.is_ready(namespace, generation):
+            conditions = event["object"]["status"]["conditions"]
+            self.taken_back[namespace] += [json.dumps(c) for c in conditions if c["type"] == READY]
 
     def is_ready(self, namespace: str, generation: int) -> bool:
+        """Whether it is Ready, and said so of that generation of the spec."""
+        return self._holds(namespace, READY, "True", generation)
+
+    def is_settled(self, namespace: str, generation: int) -> bool:
+        """Whether it is Ready, nothing is to do, nothing is going, nothing outlived its owner."""
+        there = self.children[namespace].values()
+        uids = {metadata["uid"] for metadata in there}
+        uids.add(self.resources.get(namespace, {}).get("metadata", {}).get("uid"))
+        return (
+            self.is_ready(namespace, generation)
+            and self._holds(namespace, "Reconciling", "False", generation)
+            and all("deletionTimestamp" not in metadata for metadata in there)
+            and all(o["uid"] in uids for m in there for o in m.get("ownerReferences", ()))
+        )
+
+    def _holds(self, namespace: str, kind: str, status: str, generation: int) -> bool:
+        conditions = self.resources.get(namespace, {}).get("status", {}).get("conditions", [])
+        found: dict[str, Any] = next((c for c in conditions if c["type"] == kind), {})
+        return (found.get("status"), found.get("observedGeneration")) == (status, generation)
+
+    def report(self, namespace: str) -> str:
+        """Say what there is in a namespace, for a life that does not go on."""
         resource = self.resources.get(namespace, {})
-        conditions = {c["type"]: c for c in resource.get("status", {}).get("conditions", [])}
-        ready = conditions.get("Ready", {})
-        return (ready.get("status"), ready.get("observedGeneration")) == ("True", generation)
+        told = {"status": resource.get("status"), "generation": None, "deletionTimestamp": None}
+        told |= {k: v for k, v in resource.get("metadata", {}).items() if k in told}
+        going = {k: "deletionTimestamp" in m for k, m in self.children[namespace].items()}
+        there = [f"{' '.join(k)}{' (going)' * going[k]}" for k in sorted(going)]
+        return json.dumps({**told, "children": there})
 
 
 def _now() -> datetime:
@@ -178,6 +230,8 @@ class Operator:
         configuration = Configuration(host=self.proxy.url)
         configuration.api_key["BearerToken"] = self.token
         configuration.api_key_prefix["BearerToken"] = "Bearer"
+        # The proxy speaks plain HTTP, but without it each start reads all of the system's.
+        configuration.ssl_ca_cert = str(self.proxy.authority)
         self._client = ApiClient(configuration)
         api, store, self.health = Api(self._client), Store(WATCHED), Health()
         reconciler = Reconciler(api, store, Settings("loader:1"), self.health, clock=self.clock)
@@ -209,14 +263,22 @@ class Operator:
         assert not broken, broken
 
     async def keep_alive(self) -> None:
-        """Start it, and start it again whenever `deaths` says so, as a kubelet would."""
+        """Start it, and start it again whenever it dies, as a kubelet would."""
         while True:
             self.died = asyncio.Event()
+            starting = asyncio.create_task(self.start())
+            dying = asyncio.create_task(self.died.wait())
             try:
-                await self.start()
-                await self.died.wait()
+                await asyncio.wait([starting, dying], return_when=FIRST_COMPLETED)
+                if not self.died.is_set():
+                    starting.result()
+                await dying
             except ApiError:
                 await asyncio.sleep(0.1)  # the process would end and be started again
+            finally:
+                starting.cancel()
+                dying.cancel()
+                await asyncio.gather(starting, dying, return_exceptions=True)
             await self.kill()
 
     def die(self, *_: object) -> bool:
@@ -231,7 +293,8 @@ class Life:
     """A whole life: create, shard, serve, scale, roll, shard and roll, delete.
 
     `steps` are the changes of the spec after the first; `snapshot` is what there is before
-    the deletion.
+    the deletion; `taken_back` are the conditions by which a ModelDeployment that was Ready no longer
+    was, without a change of its spec.
     """
 
     kube: Kube
@@ -240,9 +303,10 @@ class Life:
         {"replicas": 2, "engine": {"args": ["--max-model-len", "128"]}},
         {"model": {"revision": "v2"}, "replicas": 1},
     )
-    phase: str = "created"
+    phase: str = "not created"
     snapshot: Any = None
     made: Any = None
+    taken_back: Any = None
 
     async def prepare(self) -> None:
         await self.kube.create(NAMESPACE, {"metadata": {"name": self.namespace}})
@@ -265,29 +329,30 @@ class Life:
         for generation, change in enumerate(self.steps, start=2):
             await self.kube.change(self.namespace, change)
             await self.ready(generation)
-        await self.settle()
+        await self.settle(len(self.steps) + 1)
         await self.kube.request("DELETE", MODEL_DEPLOYMENT.path(self.namespace, NAME))
         await self.gone()
+        self.taken_back = self.kube.taken_back[self.namespace]
         self.phase = "gone"
 
     async def ready(self, generation: int) -> None:
-        self.phase = what = f"{self.namespace}: generation {generation} Ready"
-        try:
-            await self.kube.wait(lambda: self.kube.is_ready(self.namespace, generation), what)
-        except AssertionError as error:
-            status = self.kube.resources.get(self.namespace, {}).get("status")
-            raise AssertionError(f"{error}: {json.dumps(status)}") from None
+        self.phase = f"generation {generation} not Ready"
+        await self._wait(lambda: self.kube.is_ready(self.namespace, generation))
 
-    async def settle(self) -> None:
-        """Take the snapshot once stale children are gone: it has to be the same twice."""
-        self.phase, before = "settling", None
+    async def settle(self, generation: int) -> None:
+        """Take the snapshot once all that is stale is gone: it has to be the same twice."""
+        self.phase, before = "not settled", None
         for _ in range(100):
+            await self._wait(lambda: self.kube.is_settled(self.namespace, generation))
             self.snapshot = await self.take()
             if self.snapshot == before:
                 break
             before = self.snapshot
             await asyncio.sleep(0.3)
         self.made = sorted((kind, name) for kind, name, _ in self.kube.made[self.namespace])
+
+    async def _wait(self, check: Callable[[], object]) -> None:
+        await self.kube.wait(self.namespace, check, f"{self.namespace}: {self.phase}")
 
     async def take(self) -> Any:
         children = {}
@@ -305,17 +370,18 @@ class Life:
 
     async def gone(self) -> None:
         """Wait until nothing is left but the claim, which was there before."""
-        self.phase, left = "being deleted", None
-        for _ in range(int(WAIT_SECONDS / 0.3)):
+        self.phase = "not gone"
+        there = self.kube.children[self.namespace]
+        while True:
+            await self._wait(lambda: there.keys() <= {WEIGHTS})
             left = [
                 (kind.name, o["metadata"]["name"])
                 for kind in CHILDREN
                 for o in await self.kube.list(kind, self.namespace)
             ]
-            if left == [("PersistentVolumeClaim", "weights")]:
+            if left == [WEIGHTS]:
                 return
             await asyncio.sleep(0.3)
-        raise AssertionError(f"{self.namespace}: left over: {left}")
 
 
 def model_deployment(namespace: str, name: str = NAME, **spec: Any) -> dict[str, Any]:
@@ -356,7 +422,7 @@ class Scenario:
     """What goes wrong in a life. The functions get the operator concerned."""
 
     harm: Callable[[Operator, Request], Harm | None] = lambda *_: None
-    events: Callable[[Operator, Request, Any], list[Any]] = lambda _o, _r, event: [event]
+    events: Callable[[Operator, Request, Any], list[Any]] | None = None
     operators: int = 1
     clock: Callable[[], datetime] = _now
     period: float = PERIOD_SECONDS
@@ -382,7 +448,8 @@ async def live(kube: Kube, token: str, name: str, scenario: Scenario) -> Outcome
             await stack.enter_async_context(proxy)
             operator = Operator(proxy, token, name, scenario.clock, scenario.period)
             proxy.harm = partial(scenario.harm, operator)
-            proxy.events = partial(scenario.events, operator)
+            if scenario.events is not None:
+                proxy.events = partial(scenario.events, operator)
             outcome.operators.append(operator)
         tasks = [asyncio.create_task(o.keep_alive()) for o in outcome.operators]
         if scenario.meanwhile is not None:
@@ -396,6 +463,11 @@ async def live(kube: Kube, token: str, name: str, scenario: Scenario) -> Outcome
             if task.done():
                 outcome.error = outcome.error or task.exception()
             task.cancel()
+        if outcome.error is not None:
+            outcome.error.add_note(kube.report(name))
+            for operator in outcome.operators:
+                last = [f"{r.method} {r.path}" for r in operator.proxy.requests[-5:]]
+                outcome.error.add_note(f"starts: {operator.starts}, last requests: {last}")
         await asyncio.gather(living, *tasks, return_exceptions=True)
         for operator in outcome.operators:
             await operator.kill()

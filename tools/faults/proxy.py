@@ -70,21 +70,27 @@ class Proxy:
     server: str
     authority: Path
     harm: Callable[[Request], Harm | None] = lambda _: None
-    events: Callable[[Request, dict[str, Any]], list[dict[str, Any]]] = lambda _, event: [event]
+    events: Callable[[Request, dict[str, Any]], list[dict[str, Any]]] | None = None
     is_dead: bool = False
     requests: list[Request] = field(default_factory=list)
     url: str = ""
     _writes: int = 0
-    _streams: set[asyncio.Task[Any]] = field(default_factory=set)
+    _watches: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def __aenter__(self) -> Self:
         context = ssl.create_default_context(cafile=str(self.authority))
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=context), timeout=_LIMITS, read_bufsize=2**21
+            # Each watch holds a connection; waiting for a free one would look like a dead server.
+            connector=aiohttp.TCPConnector(ssl=context, limit=0),
+            timeout=_LIMITS,
+            read_bufsize=2**21,
         )
         application = web.Application(client_max_size=2**24)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0)
+        # A handler of a client that is gone is cancelled. aiohttp takes a timeout of 0 for none.
+        self._runner = web.AppRunner(
+            application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
@@ -98,10 +104,22 @@ class Proxy:
 
     def cut(self) -> None:
         """Break all watches."""
-        for task in self._streams:
+        for task in self._watches:
             task.cancel()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer; a watch ends with its client, anything else is finished without it."""
+        answering = asyncio.ensure_future(self._answer(request))
+        if "watch" not in request.query:
+            return await asyncio.shield(answering)
+        self._watches.add(answering)
+        try:
+            return await answering
+        finally:
+            answering.cancel()
+            self._watches.discard(answering)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         is_write = request.method != "GET"
         seen = Request(
             len(self.requests),
@@ -150,13 +168,7 @@ class Proxy:
                 return web.Response(body=await answer.read(), status=answer.status, headers=kept)
             response = web.StreamResponse(status=200, headers=kept)
             await response.prepare(request)
-            stream = asyncio.ensure_future(self._stream(answer, response, seen))
-            self._streams.add(stream)
-            try:
-                await asyncio.wait([stream])
-            finally:
-                stream.cancel()
-                self._streams.discard(stream)
+            await self._stream(answer, response, seen)
             return _broken(request)
 
     async def _stream(
@@ -165,6 +177,9 @@ class Proxy:
         async for line in answer.content:
             if self.is_dead:
                 return
+            if self.events is None:
+                await response.write(line)
+                continue
             for event in self.events(seen, json.loads(line)):
                 await response.write(json.dumps(event).encode() + b"\n")
 

@@ -127,7 +127,7 @@ def expired_in_the_stream(_: Operator, request: Request, event: Any) -> list[Any
 
 async def cut(operator: Operator) -> None:
     while True:
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(random.uniform(0.2, 2.0))  # a short watch makes the next one wait
         operator.proxy.cut()
 
 
@@ -202,6 +202,7 @@ def test_the_end_is_the_same(name: str, outcomes: dict[str, Outcome]) -> None:
         raise outcome.error
     assert outcome.life.snapshot == undisturbed.snapshot
     assert outcome.life.made == undisturbed.made
+    assert outcome.life.taken_back == []
 
 
 def test_the_disturbances_took_place(outcomes: dict[str, Outcome]) -> None:
