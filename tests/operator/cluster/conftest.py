@@ -503,7 +503,13 @@ class Kubelet:
         return {**base, "state": state, **fields}
 
 
-@pytest.fixture(name="eventually")
+@pytest.fixture(scope="session", name="free_port")
+def free_port_fixture() -> Callable[[], int]:
+    """Return the number of a port that nobody listens on."""
+    return free_port
+
+
+@pytest.fixture(scope="session", name="eventually")
 def eventually_fixture() -> Callable[[Callable[[], Any], str], Any]:
     """Wait until a check gives something true, and return it."""
     return eventually

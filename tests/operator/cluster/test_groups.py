@@ -1,64 +1,138 @@
-"""Replicas that span nodes, with LeaderWorkerSet's own definition on the real API server.
+"""Replicas that span nodes, as groups of pods that LeaderWorkerSet's own controller makes."""
 
-Its controller does not run: `GroupController` makes the pods and the status it would make.
-"""
-
+import base64
+import http.client
+import json
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from headrace_operator.cluster.kinds import GROUP_SET, POD, SERVICE
+from headrace_operator.cluster.kinds import GROUP_SET, SERVICE
+from localkube import Cluster
+from localkube.pki import Authority
+from localkube.sources import source
 
 pytestmark = pytest.mark.cluster
 PREFIX = "leaderworkerset.sigs.k8s.io"
+LOCAL = "127.0.0.1"
+PARTS = ("group", "worker")
+ALL = ("0/0", "0/1", "1/0", "1/1")
+
+
+def configured(port: int, directory: Path) -> Path:
+    """Write the controller's configuration: no second instance, certificates made here."""
+    path = directory / "config.json"
+    content = {
+        "apiVersion": "config.lws.x-k8s.io/v1alpha1",
+        "kind": "Configuration",
+        "leaderElection": {"leaderElect": False},
+        "internalCertManagement": {"enable": False},
+        "webhook": {"host": LOCAL, "port": port, "certDir": str(directory)},
+        "metrics": {"bindAddress": "0"},
+        "health": {"healthProbeBindAddress": "0"},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def webhooks(port: int, authority: Path) -> list[dict[str, Any]]:
+    """Return LeaderWorkerSet's webhooks, called at an address in place of a Service."""
+    manifest = source("sigs.k8s.io/lws") / "config/webhook/manifests.yaml"
+    found = list(yaml.safe_load_all(manifest.read_text()))
+    for configuration in found:
+        for webhook in configuration["webhooks"]:
+            path = webhook["clientConfig"]["service"]["path"]
+            bundle = base64.b64encode(authority.read_bytes()).decode()
+            webhook["clientConfig"] = {"url": f"https://{LOCAL}:{port}{path}", "caBundle": bundle}
+            if "pods" in webhook["rules"][0]["resources"]:
+                labelled = [{"key": f"{PREFIX}/name", "operator": "Exists"}]
+                webhook["objectSelector"] = {"matchExpressions": labelled}
+    return found
+
+
+@pytest.fixture(scope="module")
+def controller(
+    cluster: Cluster,
+    kube: Any,
+    eventually: Any,
+    free_port: Callable[[], int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    """LeaderWorkerSet's controller as a process, and its webhooks."""
+    directory = tmp_path_factory.mktemp("lws")
+    authority = Authority(directory)
+    authority.issue("tls", "webhook", hosts=[LOCAL])
+    port, bundle = free_port(), authority.credential.certificate
+    manifest = yaml.safe_dump_all(webhooks(port, bundle))
+    flags = {"config": configured(port, directory), "kubeconfig": cluster.kubeconfig}
+    command = [cluster.bin("lws-manager"), *(f"--{name}={flags[name]}" for name in flags)]
+    with (directory / "controller.log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            eventually(lambda: is_served(port, bundle), "the controller's webhooks")
+            cluster.kubectl("apply", "-f", "-", stdin=manifest)
+            yield
+        finally:
+            cluster.kubectl("delete", "--ignore-not-found", "-f", "-", stdin=manifest)
+            process.terminate()
+            process.wait(timeout=20)
+
+
+def is_served(port: int, authority: Path) -> bool:
+    """Whether the last webhook that the controller registers is there."""
+    context = ssl.create_default_context(cafile=str(authority))
+    connection = http.client.HTTPSConnection(LOCAL, port, timeout=5, context=context)
+    try:
+        connection.request("POST", "/validate--v1-pod")
+        return connection.getresponse().status != 404
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 @dataclass
-class GroupController:
-    """What LeaderWorkerSet's controller would do, for groups that are made once."""
+class Groups:
+    """The serving pods of two groups of two, and what a kubelet writes about them."""
 
     world: Any
+    kubelet: Any
+    eventually: Any
+    name: str = "tiny"
 
-    def make_pods(self, group_set: Any) -> list[Any]:
-        """Make the pods of all groups, as leader and worker templates have them."""
-        spec = group_set["spec"]
-        size = spec["leaderWorkerTemplate"]["size"]
-        return [
-            self._pod(group_set, group, worker)
-            for group in range(spec["replicas"])
-            for worker in range(size)
-        ]
+    def wait(self, what: str, check: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until the pods, by group and index within it, satisfy `check`."""
 
-    def report(self, group_set: Any, ready: int) -> None:
-        replicas = group_set["spec"]["replicas"]
-        counts = {"replicas": replicas, "updatedReplicas": replicas, "readyReplicas": ready}
-        observed = {"observedGeneration": group_set["metadata"]["generation"]}
-        metadata = group_set["metadata"]
-        self.world.kube.patch(
-            GROUP_SET,
-            metadata["name"],
-            metadata["namespace"],
-            {"status": counts | observed},
-            "status",
-        )
+        def pods() -> dict[str, Any] | None:
+            found = {
+                "/".join(pod["metadata"]["labels"][f"{PREFIX}/{part}-index"] for part in PARTS): pod
+                for pod in self.world.pods("serve", self.name)
+            }
+            return found if check(found) else None
 
-    def _pod(self, group_set: Any, group: int, worker: int) -> Any:
-        role = "workerTemplate" if worker else "leaderTemplate"
-        template = group_set["spec"]["leaderWorkerTemplate"][role]
-        name = f"{group_set['metadata']['name']}-{group}" + (f"-{worker}" if worker else "")
-        own = {f"{PREFIX}/group-index": str(group), f"{PREFIX}/worker-index": str(worker)}
-        metadata = {
-            "name": name,
-            "namespace": self.world.namespace,
-            "labels": {**template["metadata"]["labels"], **own},
-            "annotations": template["metadata"]["annotations"],
-        }
-        return self.world.kube.create(POD, {"metadata": metadata, "spec": template["spec"]})
+        return dict(self.eventually(pods, what))
+
+    def serve(self, pods: dict[str, Any], *places: str) -> None:
+        for place in places:
+            self.kubelet.serving(pods[place])
 
 
-def test_a_replica_of_two_nodes_serves_when_both_hold_their_ranks(
-    operator: Any, world: Any, kubelet: Any, eventually: Any
+def are(pods: dict[str, Any], *places: str) -> bool:
+    return sorted(pods) == sorted(places)
+
+
+def uids(pods: dict[str, Any], group: int) -> set[str]:
+    return {pod["metadata"]["uid"] for place, pod in pods.items() if place[0] == str(group)}
+
+
+def test_a_replica_of_two_nodes_serves_rolls_and_restarts_as_one_group(
+    operator: Any, world: Any, kubelet: Any, eventually: Any, controller: None
 ) -> None:
     world.add_claims("weights")
     world.create(
@@ -68,29 +142,50 @@ def test_a_replica_of_two_nodes_serves_when_both_hold_their_ranks(
     )
     (pod,) = world.wait_pods("shard")
     kubelet.publish(pod)
-    group_set = world.child(GROUP_SET, "tiny-nodes")
+    groups = Groups(world, kubelet, eventually)
+    pods = groups.wait("two groups", lambda found: are(found, *ALL))
     assert world.deployment() is None
-    template = group_set["spec"]["leaderWorkerTemplate"]
-    assert (template["size"], template["restartPolicy"]) == (2, "RecreateGroupOnPodRestart")
-    strategy = group_set["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"]
-    assert strategy == {"maxSurge": 0, "maxUnavailable": 1, "partition": 0}
-
-    controller = GroupController(world)
-    pods = controller.make_pods(group_set)
-    for pod in pods[:3]:
-        kubelet.serving(pod)
+    for place, pod in pods.items():
+        loader = pod["spec"]["initContainers"][0]
+        told = {variable["name"]: variable.get("value") for variable in loader["env"]}
+        assert told["LWS_WORKER_INDEX"] == place[-1]
+        assert told["LWS_LEADER_ADDRESS"].startswith(f"tiny-nodes-{place[0]}.tiny-nodes.")
+    groups.serve(pods, "0/0", "0/1", "1/0")
     world.wait_condition("WeightsResident", "False", "PodsStarting")
-    kubelet.serving(pods[3])
-    controller.report(group_set, ready=2)
+    groups.serve(pods, "1/1")
     world.wait_condition("Ready", "True", "Serving")
     selector = world.kube.get(SERVICE, "tiny", world.namespace)["spec"]["selector"]
     assert selector[f"{PREFIX}/worker-index"] == "0"
 
+    # One group after the other, the last first.
+    world.change({"spec": {"engine": {"env": [{"name": "CHANGED", "value": "yes"}]}}})
+    first = groups.wait(
+        "the second group to be replaced",
+        lambda found: are(found, *ALL) and not uids(found, 1) & uids(pods, 1),
+    )
+    assert uids(first, 0) == uids(pods, 0)
+    world.wait_condition("Ready", "False")
+    assert world.conditions()["Available"]["status"] == "True"
+    groups.serve(first, "1/0", "1/1")
+    second = groups.wait(
+        "the first group to be replaced",
+        lambda found: are(found, *ALL) and not uids(found, 0) & uids(pods, 0),
+    )
+    assert uids(second, 1) == uids(first, 1)
+    groups.serve(second, "0/0", "0/1")
+    world.wait_condition("Ready", "True", "Serving")
+
+    kubelet.serving(second["1/1"], restartCount=1)
+    third = groups.wait(
+        "the group of a restarted container to be replaced",
+        lambda found: are(found, *ALL) and not uids(found, 1) & uids(second, 1),
+    )
+    assert uids(third, 0) == uids(second, 0)
+    groups.serve(third, "1/0", "1/1")
+    world.wait_condition("Ready", "True", "Serving")
+
     world.change({"spec": {"replicas": 1, "rollout": {"paused": True}}})
-
-    def scaled() -> bool:
-        spec = world.kube.get(GROUP_SET, "tiny-nodes", world.namespace)["spec"]
-        partition = spec["rolloutStrategy"]["rollingUpdateConfiguration"]["partition"]
-        return bool((spec["replicas"], partition) == (1, 1))
-
-    eventually(scaled, "the LeaderWorkerSet to follow")
+    groups.wait("one group less", lambda found: are(found, "0/0", "0/1"))
+    group_set = world.kube.get(GROUP_SET, "tiny-nodes", world.namespace)
+    strategy = group_set["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"]
+    assert strategy == {"maxSurge": 0, "maxUnavailable": 1, "partition": 1}

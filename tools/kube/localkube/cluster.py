@@ -233,6 +233,13 @@ class Cluster:
         namespaces = Namespaces.find(self._layout.root)
         return namespaces.run(*command, check=check, timeout=timeout)
 
+    def start_in_node(self, component: str, command: Sequence[str | Path]) -> None:
+        """Start a process in the real node, with a log of its own; `down` ends it.
+
+        It is given no environment but what components have; KUBECONFIG is not in it.
+        """
+        self._components.start(component, Namespaces.find(self._layout.root).enter(command))
+
     def ctr(self, *arguments: str, check: bool = True, timeout: float = COMMAND_SECONDS) -> str:
         """Run containerd's ctr on the images and containers of the real node's pods."""
         flag = f"--namespace={NAMESPACE}"

@@ -133,6 +133,8 @@ MODULES = (
             "fake-fsx-driver": "headrace.dev/tools/kube/fake-fsx-driver",
         },
     ),
+    Module("dra", {"fake-gpu-driver": "headrace.dev/tools/kube/fake-gpu-driver"}),
+    Module("lws", {"lws-manager": "sigs.k8s.io/lws/cmd"}),
     Module("versitygw", {"versitygw": "github.com/versity/versitygw/cmd/versitygw"}),
     Module(
         "prometheus",
