@@ -133,6 +133,7 @@ MODULES = (
             "fake-fsx-driver": "headrace.dev/tools/kube/fake-fsx-driver",
         },
     ),
+    Module("peer", {"peer": "headrace.dev/tools/kube/peer"}, optional=True),
     Module("versitygw", {"versitygw": "github.com/versity/versitygw/cmd/versitygw"}),
     Module(
         "prometheus",
