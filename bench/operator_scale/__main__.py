@@ -70,7 +70,9 @@ def main() -> None:
     options = parse()
     steps = Steps(total=STEPS_OF_ONE * len(options.operators))
     results = {name: bench(name, options, steps) for name in options.operators}
-    prefixed = {OPERATORS[n].prefix + k: v for n, found in results.items() for k, v in found.items()}
+    prefixed = {
+        OPERATORS[n].prefix + k: v for n, found in results.items() for k, v in found.items()
+    }
     print(json.dumps({**prefixed, **ratios(results), **surroundings()}), flush=True)
 
 

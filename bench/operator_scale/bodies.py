@@ -13,8 +13,8 @@ from headrace_operator.plan.names import SPEC_HASH_ANNOTATION, STABLE_ANNOTATION
 from .cluster import manifest
 
 LOADER_IMAGE = "loader:1"
-_NAMESPACE = "placeholder-namespace"
-_NAME = "placeholder-name"
+_NAMESPACE = "blank-space"
+_NAME = "blank-owner"
 _REPLICAS = 9876
 
 

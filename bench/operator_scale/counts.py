@@ -91,4 +91,6 @@ def cpu_of_all(cluster: Cluster, operator: int) -> Counter[str]:
     """Return the CPU seconds of Kubernetes' components, the operator and this program."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     found = {name: cpu_seconds(pid) for name, pid in cluster.status().items()}
-    return Counter({**found, "operator": cpu_seconds(operator), "bench": own.ru_utime + own.ru_stime})
+    return Counter(
+        {**found, "operator": cpu_seconds(operator), "bench": own.ru_utime + own.ru_stime}
+    )

@@ -6,7 +6,6 @@ import asyncio
 import json
 import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from .counts import Audit, cpu_of_all, cpu_seconds, reads, writes, written
 
 if TYPE_CHECKING:
     import argparse
+    from collections import Counter
 
     from localkube import Cluster
     from workspace.steps import Steps

@@ -196,15 +196,16 @@ func completions(job *batchv1.Job) int32 {
 	return *job.Spec.Completions
 }
 
-// transitions returns the conditions whose change is an event: Ready and Reconciling repeat others.
+// transitions returns the conditions whose change is an event: three repeat others.
 func transitions(before, after []metav1.Condition) []metav1.Condition {
 	var news []metav1.Condition
 	for _, c := range after {
+		isSummary := c.Type == "Ready" || c.Type == "Stalled"
 		old := meta.FindStatusCondition(before, c.Type)
 		switch {
 		case c.Type == "Reconciling":
 		case old == nil && (c.Status != metav1.ConditionTrue || c.Type == "Ready"):
-		case old != nil && old.Status == c.Status && (old.Reason == c.Reason || c.Type == "Ready"):
+		case old != nil && old.Status == c.Status && (old.Reason == c.Reason || isSummary):
 		default:
 			news = append(news, c)
 		}
