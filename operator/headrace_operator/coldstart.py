@@ -15,7 +15,11 @@ from datetime import datetime
 from typing import Any
 
 from headrace_operator.cluster.store import Key
-from headrace_operator.metrics import COLD_START_SECONDS, POD_COLD_START_SECONDS
+from headrace_operator.metrics import (
+    COLD_START_QUANTILES,
+    COLD_START_SECONDS,
+    POD_COLD_START_SECONDS,
+)
 from headrace_operator.plan.names import COMPONENT_LABEL, SERVE
 from headrace_operator.plan.objects import condition_of, items, name_of, parse_time, text, uid_of
 from headrace_operator.plan.serving_pod import LOADER
@@ -50,27 +54,39 @@ class ColdStarts:
     def __init__(self, since: datetime) -> None:
         self._since = since
         self._counted = Remembered()
-        self._shown: dict[Key, set[str]] = {}
+        # By pod, when it became ready: a pod that has not changed since is not looked at again.
+        self._shown: dict[Key, dict[str, str]] = {}
 
     def note(self, key: Key, pods: Iterable[Mapping[str, Any]]) -> None:
         """Count the pods of a ModelDeployment that have become ready, and show all that are."""
-        shown = set()
+        before = self._shown.pop(key, {})
+        shown: dict[str, str] = {}
         for pod in pods:
-            seconds = phases(pod)
-            if text(pod, "metadata", "labels", COMPONENT_LABEL) != SERVE or not seconds:
+            ready = condition_of(pod, "Ready")
+            if (
+                text(pod, "metadata", "labels", COMPONENT_LABEL) != SERVE
+                or text(ready, "status") != "True"
+            ):
                 continue
-            shown.add(name_of(pod))
-            for phase, value in seconds.items():
-                POD_COLD_START_SECONDS.labels(*key, name_of(pod), phase).set(value)
-            ready = _since(pod, "Ready")
-            if ready is not None and ready >= self._since and self._counted.is_new(uid_of(pod)):
-                for phase, value in seconds.items():
-                    COLD_START_SECONDS.labels(*key, phase).observe(value)
-        for gone in self._shown.pop(key, set()) - shown:
-            labels = {"namespace": key.namespace, "name": key.name, "pod": gone}
-            POD_COLD_START_SECONDS.remove_by_labels(labels)
+            mark = f"{uid_of(pod)} {text(ready, 'lastTransitionTime')}"
+            if before.get(name_of(pod)) == mark or self._show(key, pod):
+                shown[name_of(pod)] = mark
+        for gone in before.keys() - shown.keys():
+            POD_COLD_START_SECONDS.forget(key, gone)
         if shown:
             self._shown[key] = shown
+
+    def _show(self, key: Key, pod: Mapping[str, Any]) -> bool:
+        seconds = phases(pod)
+        for phase, value in seconds.items():
+            POD_COLD_START_SECONDS.set(key, value, name_of(pod), phase)
+        ready = _since(pod, "Ready")
+        is_old = ready is None or ready < self._since
+        if seconds and not is_old and self._counted.is_new(uid_of(pod)):
+            for phase, value in seconds.items():
+                COLD_START_SECONDS.observe(key, value, phase)
+                COLD_START_QUANTILES.labels(phase).observe(value)
+        return bool(seconds)
 
 
 def _since(pod: Mapping[str, Any], condition: str) -> datetime | None:

@@ -78,6 +78,16 @@ def _observer(store: Store, queue: WorkQueue[Key]) -> Callable[..., Awaitable[No
     return observe
 
 
+class _NoDiffBase(kopf.AnnotationsDiffBaseStorage):
+    """Keeps nothing to compare with: no handler looks at differences.
+
+    The framework prepares for one at every event, with two deep copies of the object.
+    """
+
+    def build(self, **_: object) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+
 def _settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
@@ -88,6 +98,6 @@ def _settings() -> kopf.OperatorSettings:
     # the framework's own name.
     settings.persistence.finalizer = f"{_PREFIX}/finalizer"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=_PREFIX)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=_PREFIX)
+    settings.persistence.diffbase_storage = _NoDiffBase(prefix=_PREFIX)
     settings.process.ultimate_exiting_timeout = _EXIT_SECONDS
     return settings

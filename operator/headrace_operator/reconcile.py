@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 
 from headrace_operator.cluster.api import Api, Object
 from headrace_operator.cluster.execute import Executor
-from headrace_operator.cluster.kinds import JOB, POD
 from headrace_operator.cluster.observe import Observer
 from headrace_operator.cluster.store import Key, Store
 from headrace_operator.coldstart import ColdStarts
@@ -22,7 +21,7 @@ from headrace_operator.metrics import (
     forget,
     report_status,
 )
-from headrace_operator.plan import Settings, plan
+from headrace_operator.plan import Observed, Settings, plan
 from headrace_operator.plan.objects import integer
 from headrace_operator.queue import WorkQueue
 from headrace_operator.usage import CheckpointJobs, Gpus
@@ -122,11 +121,10 @@ class Reconciler:
             report_status(*key, replicas, planned.status["status"])
         if not planned.finalizer:
             await self._executor.write_finalizer(resource, planned)
-        self._account(key, resource, now)
+        self._account(key, resource, observed, now)
         return planned.requeue_seconds
 
-    def _account(self, key: Key, resource: Object, now: datetime) -> None:
-        pods = list(self.store.children(POD, key))
-        self._cold_starts.note(key, pods)
-        self._gpus.note(key, resource, pods, now)
-        self._jobs.note(key, self.store.children(JOB, key))
+    def _account(self, key: Key, resource: Object, observed: Observed, now: datetime) -> None:
+        self._cold_starts.note(key, observed.pods)
+        self._gpus.note(key, resource, observed.pods, now)
+        self._jobs.note(key, observed.jobs)

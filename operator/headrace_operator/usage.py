@@ -75,10 +75,9 @@ class Gpus:
                 state = "serving" if is_true(pod, "Ready") else "idle"
                 held[state] += gpus_of(pod, resource)
         for state, count in held.items():
-            GPUS.labels(*key, state).set(count)
-            counter = GPU_SECONDS.labels(*key, state)
-            if before is not None:
-                counter.inc(before.gpus[state] * max(0.0, (now - before.at).total_seconds()))
+            GPUS.set(key, count, state)
+            passed = 0.0 if before is None else max(0.0, (now - before.at).total_seconds())
+            GPU_SECONDS.inc(key, passed * (before.gpus[state] if before else 0), state)
         self._held[key] = _Held(now, held)
 
     def forget(self, key: Key) -> None:
@@ -115,7 +114,7 @@ class CheckpointJobs:
         """Count the Jobs of a ModelDeployment that have ended."""
         active = 0
         for result in _ENDS.values():
-            CHECKPOINT_JOBS.labels(*key, result)  # a counter that begins at 1 has no increase
+            CHECKPOINT_JOBS.inc(key, 0, result)
         for job in jobs:
             end = next((kind for kind in _ENDS if is_true(job, kind)), None)
             if end is None:
@@ -124,8 +123,8 @@ class CheckpointJobs:
             ended = parse_time(text(condition_of(job, end), "lastTransitionTime"))
             if ended is None or ended < self._since or not self._counted.is_new(uid_of(job)):
                 continue
-            CHECKPOINT_JOBS.labels(*key, _ENDS[end]).inc()
+            CHECKPOINT_JOBS.inc(key, 1, _ENDS[end])
             began = parse_time(text(job, "status", "startTime"))
             if began is not None and end == "Complete":
-                CHECKPOINT_JOB_SECONDS.labels(*key).observe((ended - began).total_seconds())
-        CHECKPOINT_JOB_ACTIVE.labels(*key).set(active)
+                CHECKPOINT_JOB_SECONDS.observe(key, (ended - began).total_seconds())
+        CHECKPOINT_JOB_ACTIVE.set(key, active)

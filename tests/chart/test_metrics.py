@@ -35,10 +35,16 @@ def documented():
 
 
 def operators():
-    found = [v for v in vars(metrics).values() if isinstance(v, MetricWrapperBase)]
+    found = [
+        (v.name, v.kind, v.labels)
+        if isinstance(v, metrics.OfOne)
+        else (v._name, v._type, v._labelnames)
+        for v in vars(metrics).values()
+        if isinstance(v, metrics.OfOne | MetricWrapperBase)
+    ]
     return {
-        m._name + ("_total" if m._type == "counter" else ""): (m._type, set(m._labelnames))
-        for m in found
+        name + ("_total" if kind == "counter" else ""): (kind, set(labels))
+        for name, kind, labels in found
     }
 
 
@@ -91,8 +97,8 @@ def selectors(node):
 
 def base(name, known):
     """The metric that a sample belongs to."""
-    histogram = re.sub(r"_(bucket|sum|count)$", "", name)
-    return histogram if known.get(histogram, ("",))[0] == "histogram" else name
+    family = re.sub(r"_(bucket|sum|count)$", "", name)
+    return family if known.get(family, ("",))[0] in ("histogram", "summary") else name
 
 
 @pytest.mark.parametrize("place", QUERIES)

@@ -109,7 +109,7 @@ FLEET = Board(
             (
                 Query(
                     "histogram_quantile(0.9, sum by (phase, le) (rate("
-                    f'headrace_cold_start_phase_duration_seconds_bucket{{{ONE},phase!="total"}}'
+                    'headrace_operator_cold_start_phase_duration_seconds_bucket{phase!="total"}'
                     "[1h])))",
                     "{{phase}}",
                 ),

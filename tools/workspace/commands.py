@@ -177,7 +177,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "images": _module("imagebuild"),
     "bench-loader": _bench("loader"),
     "bench-sharder": _bench("sharder"),
-    "bench-operator": _bench("operator_scale"),
+    "bench-operator": _module("bench.operator_scale"),
     "crds": _module(CRD),
     "docs": _module("mkdocs", "build", "--strict"),
     "dashboards": _module("dashboards"),

@@ -234,7 +234,7 @@ def _mark(body: Mapping[str, Any], live: Object) -> tuple[str, str]:
 
 def _holds(desired: object, live: object) -> bool:
     """Whether a live value has everything of a desired one; lists are compared as a whole."""
-    if isinstance(desired, Mapping) and isinstance(live, Mapping):
+    if isinstance(desired, (dict, Mapping)) and isinstance(live, (dict, Mapping)):
         return all(key in live and _holds(value, live[key]) for key, value in desired.items())
     if isinstance(desired, list) and isinstance(live, list):
         same_length = len(desired) == len(live)

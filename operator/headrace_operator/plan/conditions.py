@@ -12,6 +12,7 @@ from headrace_operator.plan.objects import Object, format_time, items, one_line,
 from headrace_operator.plan.world import Rejection, Transition
 
 TRUE, FALSE, UNKNOWN = "True", "False", "Unknown"
+_SUMMARIES = (ConditionType.READY, ConditionType.STALLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,8 @@ def _transition_time(previous: Object, draft: Draft, now: datetime) -> str:
 def transitions(owner: Object, drafts: Mapping[ConditionType, Draft]) -> tuple[Transition, ...]:
     """Return the changes since the status was last written, to be reported as events.
 
-    Ready repeats the others, so only its change of status counts; Reconciling repeats Ready. The
-    first visit reports no waiting.
+    Ready repeats the others and Stalled repeats Ready, so only their change of status counts;
+    Reconciling is the opposite of Ready. The first visit reports no waiting.
     """
     previous = {text(c, "type"): c for c in items(owner, "status", "conditions")}
     return tuple(
@@ -102,7 +103,7 @@ def _is_news(kind: ConditionType, previous: Object, draft: Draft) -> bool:
     if not previous:
         return (draft.holds or draft.problem) and kind != ConditionType.READY
     flipped = text(previous, "status") != draft.status
-    return flipped or (text(previous, "reason") != draft.reason and kind != ConditionType.READY)
+    return flipped or (text(previous, "reason") != draft.reason and kind not in _SUMMARIES)
 
 
 def _transition(owner: Object, kind: ConditionType, previous: Object, draft: Draft) -> Transition:

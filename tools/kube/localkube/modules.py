@@ -135,6 +135,7 @@ MODULES = (
     ),
     Module("dra", {"fake-gpu-driver": "headrace.dev/tools/kube/fake-gpu-driver"}),
     Module("lws", {"lws-manager": "sigs.k8s.io/lws/cmd"}),
+    Module("peer", {"peer": "headrace.dev/tools/kube/peer"}, optional=True),
     Module("versitygw", {"versitygw": "github.com/versity/versitygw/cmd/versitygw"}),
     Module(
         "prometheus",
