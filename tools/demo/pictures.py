@@ -12,7 +12,6 @@ import io
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -78,7 +77,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGINT)
+        self._process.terminate()
         self._process.wait(COMMAND_SECONDS)
         self._thread.join(COMMAND_SECONDS)
 
