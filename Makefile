@@ -25,9 +25,11 @@ bench-loader: ## measure the loader against the hardware's limits and its peers;
 bench-operator: ## thousands of ModelDeployments on simulated nodes; ARGS="--deployments 5000"
 	@$(WORKSPACE) bench-operator $(ARGS)
 
-.PHONY: monitoring check-alerts
+.PHONY: monitoring check-alerts pictures
 monitoring: ## scrape a model on a real cluster with a real Prometheus and ask it every query
 	@$(WORKSPACE) monitoring $(ARGS)
+pictures: ## record a real cold start as docs/status.svg and docs/timeline.svg
+	@$(WORKSPACE) pictures $(ARGS)
 check-alerts: ## build promtool (minutes, once) and test the alerts with it
 	@$(WORKSPACE) check-alerts $(ARGS)
 

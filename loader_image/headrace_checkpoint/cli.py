@@ -24,7 +24,7 @@ from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import FORMAT_VERSION
 from headrace_checkpoint.planner import DEFAULT_PART_BYTES
 from headrace_checkpoint.publish import delete
-from headrace_checkpoint.report import ArgumentParser, log, report_termination, talk_to
+from headrace_checkpoint.report import ArgumentParser, add_form, log, report_termination, talk_to
 from headrace_checkpoint.sharder import ShardRequest, shard
 from headrace_checkpoint.storage import make_directories
 from headrace_checkpoint.verifier import compare_source, verify
@@ -36,7 +36,7 @@ _MAX_TENSOR_PARALLEL = 1024
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0, 64, 65, 70 or 75)."""
     options = parser()[0].parse_args(arguments)
-    talk_to(people=sys.stderr.isatty() and not getattr(options, "json", True))
+    talk_to(people=sys.stderr.isatty() and options.form == "text")
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
 
@@ -216,10 +216,9 @@ def parser() -> tuple[ArgumentParser, Commands]:
     deleting = commands.add_parser("delete", help="delete checkpoints that nobody uses")
     deleting.set_defaults(command=_delete)
     deleting.add_argument("directories", nargs="+", type=_output, metavar="DIRECTORY")
-    for command in (sharding, verifying, deleting):
-        command.add_argument(
-            "--json", action="store_true", help="JSON lines on a terminal, too, and no bar"
-        )
+    add_form(sharding)  # its --output is the checkpoint's directory
+    add_form(verifying, "--output")
+    add_form(deleting, "--output")
     return parser, commands
 
 

@@ -21,6 +21,19 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(os.EX_USAGE, f"{self.prog}: {message}\n")
 
 
+def add_form(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the options `-o json`, also under the long `names`, and `--json`, both to `form`."""
+    parser.add_argument(
+        *("-o", *names),
+        dest="form",
+        choices=("text", "json"),
+        default="text",
+        help="json: JSON lines on a terminal, too, and no bar (text)",
+    )
+    alias = "the same as -o json"
+    parser.add_argument("--json", dest="form", action="store_const", const="json", help=alias)
+
+
 _for_people = False
 
 

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 DEFAULT_URL = "http://127.0.0.1:9400"
-
-
-_OWN = ("shard", "verify", "load")
+_OWN = ("shard", "verify", "delete", "load")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     try:
         from headrace_checkpoint.cli import parser as checkpoint_parser
+        from headrace_checkpoint.report import add_form
     except ModuleNotFoundError as error:
         sys.stderr.write(f"headrace: {error.name} is missing; install headrace-loader[loader]\n")
         return os.EX_UNAVAILABLE
@@ -41,6 +40,7 @@ def _run(arguments: Sequence[str]) -> int:
         add_help=False,
     )
     load.add_argument("--watch", nargs="?", const=DEFAULT_URL, metavar="URL")
+    add_form(load, "--output")
     load.set_defaults(command=_load)
     options, others = parser.parse_known_args(arguments)
     if options.command is not _load and others:
@@ -57,7 +57,7 @@ def _load(options: argparse.Namespace) -> int:
         return loader.main(options.others)
     from headrace_loader import watch
 
-    return watch.main([options.watch, *options.others])
+    return watch.main([options.watch, f"--output={options.form}", *options.others])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from headrace_checkpoint.report import ArgumentParser
+from headrace_checkpoint.report import ArgumentParser, add_form
 from headrace_loader.state import Phase
 
 _POLL_SECONDS = 0.2
@@ -34,32 +34,35 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds to wait for an answer (60)"
     )
+    add_form(parser, "--output")
     options = parser.parse_args(arguments)
+    bars = Bars() if options.form == "text" else None
     try:
-        status = watch(lambda: fetch(options.url), options.timeout)
+        status = watch(lambda: fetch(options.url), options.timeout, bars)
     except TimeoutError as error:
         print(f"{options.url}: {error}; is a loader running there?", file=sys.stderr)
         return os.EX_UNAVAILABLE
-    print(summary(status))
+    print(summary(status) if bars else json.dumps(status))
     return 0 if status["phase"] != Phase.FAILED else os.EX_DATAERR
 
 
-def watch(ask: Callable[[], Status], timeout: float) -> Status:
-    """Draw bars on standard error until the load is over; returns the last status.
+def watch(ask: Callable[[], Status], timeout: float, bars: "Bars | None" = None) -> Status:
+    """Draw bars, if any, on standard error until the load is over; returns the last status.
 
     `ask` returns a status document or raises OSError. Raises TimeoutError when it has not
     answered for `timeout` seconds.
     """
-    bars = Bars()
     try:
         while True:
             status = _answer(ask, timeout)
-            bars.show(status)
+            if bars is not None:
+                bars.show(status)
             if status["phase"] in _OVER:
                 return status
             time.sleep(_POLL_SECONDS)
     finally:
-        bars.close()
+        if bars is not None:
+            bars.close()
 
 
 class Bars:

@@ -1,6 +1,6 @@
 """Commands that other packages bring, found by their entry points.
 
-`shard`, `verify` and `load` belong to the loader's package, which has neither click nor a
+`shard`, `verify`, `delete` and `load` belong to the loader's package, which has neither click nor a
 Kubernetes client; an entry point of the group `headrace.commands` is a function that takes
 the arguments, the command's own name first, and returns an exit code.
 """
@@ -16,6 +16,7 @@ GROUP = "headrace.commands"
 KNOWN = {
     "shard": "Cut a model into one shard per GPU.",
     "verify": "Check every byte of a sharded checkpoint.",
+    "delete": "Delete sharded checkpoints that nobody uses.",
     "load": "Run a loader, or watch one.",
     "node": "Prepare a node for GPUDirect Storage: check, apply, revert.",
 }

@@ -20,6 +20,8 @@ from headrace_cli.status import status_document
 _BAR_WIDTH = 28
 _STYLES = {"True": "green", "False": "yellow", "Unknown": "dim"}
 _SIGNS = {"True": "✔", "False": "✘", "Unknown": "?"}
+# These two are True when something is going on, or wrong.
+_ABNORMAL = {"Reconciling": ("…", "dim"), "Stalled": ("✘", "red")}
 _MAX_FAILURES = 5
 
 Object = dict[str, Any]
@@ -95,6 +97,11 @@ def _model(model: Object) -> list[RenderableType]:
     signs = Text("  ")
     for condition in model["conditions"]:
         status = condition["status"]
+        if condition["type"] in _ABNORMAL:
+            if status == "True":
+                sign, style = _ABNORMAL[condition["type"]]
+                signs.append(f"{sign} {condition['type']}  ", style)
+            continue
         signs.append(f"{_SIGNS.get(status, '?')} {condition['type']}", _STYLES.get(status, ""))
         signs.append("  " if status == "True" else f" ({condition['reason']})  ", "dim")
     parts: list[RenderableType] = [head, signs]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,8 @@ def test_notes_say_the_next_step_and_what_is_missing(helm):
     assert "kubectl apply -f model.yaml" in plain
     assert "monitoring.coreos.com/v1" in plain
     assert "were left out" in plain
+    assert "leaderworkerset.x-k8s.io/v1 (LeaderWorkerSet)" in plain
+    assert "It is not there yet" in notes("--set", "crds.install=false")
     assert "DELETES" in notes("--set", "crds.keep=false")
     assert "1 namespace(s): team" in notes("--set", "watchNamespaces={team}")
 
@@ -241,6 +244,28 @@ def test_no_rule_has_a_wildcard_or_reads_secrets(render):
     for rule in rules:
         assert "*" not in rule["apiGroups"] + rule["resources"] + rule["verbs"]
         assert "secrets" not in rule["resources"]
+
+
+def documented_rights():
+    """Verbs by resource, as the table in docs/security.md has them."""
+    text = (REPOSITORY / "docs/security.md").read_text()
+    table = text.partition("| resource | verbs | why |")[2].partition("\n\n")[0]
+    found = {}
+    for row in table.splitlines()[2:]:
+        resources, verbs, _ = row.strip("| ").split(" | ", 2)
+        words = set(re.findall(r"\b(?:get|list|watch|create|update|patch|delete)\b", verbs))
+        found |= dict.fromkeys(re.findall(r"`([a-z/]+)`", resources), words)
+    return found
+
+
+def test_the_documented_rights_are_those_of_the_operators_roles(render):
+    objects = render("--set-json", 'staticVolumes={"*": ["*"]}')
+    granted = {}
+    for role in ("headrace", "headrace-cluster"):
+        for rule in objects["ClusterRole", role]["rules"]:
+            for resource in rule["resources"]:
+                granted.setdefault(resource, set()).update(rule["verbs"])
+    assert documented_rights() == granted
 
 
 def cluster_wide(objects):

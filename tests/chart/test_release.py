@@ -89,7 +89,8 @@ def newer(tmp_path_factory):
 
 
 def test_installation_without_the_prometheus_operator_says_so(site, installed):
-    assert "serves no monitoring.coreos.com/v1" in installed
+    for api in ("monitoring.coreos.com/v1", "leaderworkerset.x-k8s.io/v1"):
+        assert f"serves no {api}" in installed
     (pod,) = site.get("pods", "-n", SYSTEM)["items"]  # it passed the restricted profile
     assert pod["spec"]["serviceAccountName"] == "headrace"
     for kind in ("networkpolicy", "poddisruptionbudget", "service/headrace-metrics"):

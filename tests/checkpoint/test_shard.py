@@ -276,7 +276,7 @@ def on_a_terminal(*arguments):
     return shown.decode(), process.stdout
 
 
-@pytest.mark.parametrize("option", [(), ("--json",)])
+@pytest.mark.parametrize("option", [(), ("--json",), ("-o", "json")])
 def test_a_bar_on_a_terminal_and_json_elsewhere(model, tmp_path, option):
     checkpoint = tmp_path / "checkpoint"
     for arguments in (("shard", "--source", model, "--output", checkpoint), ("verify", checkpoint)):

@@ -1,5 +1,6 @@
 """The command itself: help, completion, exit codes, and the commands that other packages bring."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from headrace_cli import __main__ as program
 from headrace_cli import external
 
-COMMANDS = {"status", "plan", "timeline", "doctor", "shard", "verify", "load", "node"}
+COMMANDS = {"status", "plan", "timeline", "doctor", "shard", "verify", "delete", "load", "node"}
 
 
 def test_help_names_every_command(headrace):
@@ -168,7 +169,9 @@ def test_the_loaders_script_gives_what_it_has_not_to_the_command_line(monkeypatc
     monkeypatch.setattr(command, "entry_points", lambda **_: EntryPoints([point]))
     assert command.main(["plan", "--published"]) == 0
     assert "AWS measured" in capsys.readouterr().out
-    assert command.main(["verify", "/nowhere"]) == os.EX_DATAERR
+    for own in ("verify", "delete"):
+        assert command.main([own, "/nowhere/x", "-o", "json"]) in (os.EX_DATAERR, 0)
+        assert "event" in json.loads(capsys.readouterr().out)
 
 
 def test_the_loaders_script_without_its_own_dependencies(monkeypatch, capsys):

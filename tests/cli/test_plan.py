@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,26 @@ DEEPSEEK_V3 = {
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.unpredicted], ids=lambda r: r.case)
 def test_published_loads_by_gpudirect_are_reproduced(row):
     assert abs(row.error) <= TOLERANCE
+
+
+def test_the_documentation_has_the_same_table():
+    text = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    table = re.findall(
+        r"^\| (Llama .*), \d+ GB \| ([\d.]+) s \| ([\d.]+) s \| ([+-]\d+) % \|$", text, re.M
+    )
+    predicted = [row for row in ROWS if not row.unpredicted]
+    assert table == [
+        (
+            row.case.removesuffix(", GPUDirect"),
+            *(f"{seconds:.3g}" if seconds >= 10 else f"{seconds:.2f}" for seconds in times(row)),
+            f"{100 * row.error:+.0f}",
+        )
+        for row in predicted
+    ]
+
+
+def times(row):
+    return row.seconds, row.predicted
 
 
 def test_what_is_not_reproduced_says_why(headrace):

@@ -1,5 +1,6 @@
 """Stages of pods, progress of sharders, and phases of engines, from what clusters and logs show."""
 
+import io
 import json
 import xml.etree.ElementTree as ET
 
@@ -146,6 +147,23 @@ def test_a_sharder_has_a_bar():
     with to.file:
         to.print(render({"modelDeployments": [model]}))
     assert "50 % 5.0 GB of 10.0 GB 104.9 MB/s" in to.export_text()
+
+
+def test_what_is_not_stalled_gets_no_cross():
+    def drawn(**statuses):
+        conditions = [
+            {"type": kind, "status": status, "reason": "R", "message": "m"}
+            for kind, status in statuses.items()
+        ]
+        model = {"namespace": "n", "name": "m", "ready": False, "reason": "R", "message": "m"}
+        model |= {"replicas": 1, "readyReplicas": 0, "conditions": conditions, "pods": []}
+        to = Console(width=120, record=True, file=io.StringIO())
+        to.print(render({"modelDeployments": [model]}))
+        return to.export_text()
+
+    assert "✘" not in drawn(Ready="True", Reconciling="False", Stalled="False")
+    assert "… Reconciling" in drawn(Ready="False", Reconciling="True", Stalled="False")
+    assert "✘ Stalled" in drawn(Ready="False", Reconciling="False", Stalled="True")
 
 
 @settings(max_examples=15, deadline=None)

@@ -38,6 +38,10 @@ def test_a_load_is_watched_to_its_end(
     assert "slowest rank " in out.stdout
     assert "rank 0: 100%" in out.stderr
     assert "rank 1: 100%" in out.stderr
+    for option in (("-o", "json"), ("--output=json",), ("--json",)):
+        out = headrace("load", "--watch", url(loader), *option)
+        assert (out.returncode, out.stderr) == (0, "")
+        assert json.loads(out.stdout)["totalBytes"] == total
 
 
 def test_a_failed_load_is_named(

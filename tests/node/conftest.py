@@ -37,26 +37,33 @@ class Site:
     def make_model(self, name, *options):
         return setup.make_model(self.volume / name, *options)
 
-    def deploy(
-        self, name, *, source=None, claim=CLAIM, engine=None, tensor_parallel_size=1, **spec
-    ):
-        """Apply a ModelDeployment without a GPU; the source is a directory of the volume."""
-        self.apply(
-            {
-                "apiVersion": "headrace.dev/v1alpha1",
-                "kind": "ModelDeployment",
-                "metadata": {"name": name},
-                "spec": {
-                    "model": {"source": f"pvc://{CLAIM}/{source or name}"},
-                    "parallelism": {"tensorParallelSize": tensor_parallel_size},
-                    "volume": {"existingClaim": {"name": claim}},
-                    "loading": {"path": "Off", **spec.pop("loading", {})},
-                    "gpu": {"sharing": "None"},
-                    "engine": engine or IDLE_ENGINE,
-                    **spec,
-                },
-            }
-        )
+    def spec(self, name, *, source=None, claim=CLAIM, engine=None, tensor_parallel_size=1, **spec):
+        """A spec without a GPU; the source is a directory of the volume."""
+        return {
+            "model": {"source": f"pvc://{CLAIM}/{source or name}"},
+            "parallelism": {"tensorParallelSize": tensor_parallel_size},
+            "volume": {"existingClaim": {"name": claim}},
+            "loading": {"path": "Off", **spec.pop("loading", {})},
+            "gpu": {"sharing": "None"},
+            "engine": engine or IDLE_ENGINE,
+            **spec,
+        }
+
+    def deploy(self, name, **options):
+        """Apply a ModelDeployment; the options are those of `spec`."""
+        body = {"apiVersion": "headrace.dev/v1alpha1", "kind": "ModelDeployment"}
+        self.apply(body | {"metadata": {"name": name}, "spec": self.spec(name, **options)})
+        return Model(self.cluster, name)
+
+    def helm(self, *arguments):
+        return self.cluster.run([self.cluster.bin("helm"), *arguments], timeout=180)
+
+    def install(self, name, **options):
+        """Install a ModelDeployment as a release of its chart; the options are those of `spec`."""
+        values = {"spec": self.spec(name, **options), "test": {"image": LOADER}}
+        path = self.volume.with_name(f"{name}-values.yaml")
+        path.write_text(json.dumps(values))
+        self.helm("install", name, setup.ROOT / "charts/headrace-model", "-f", path)
         return Model(self.cluster, name)
 
     def apply(self, *objects):

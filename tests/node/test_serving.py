@@ -32,10 +32,11 @@ def expected_tokens(site):
 
 @pytest.fixture(scope="module")
 def model(site, expected_tokens, real_engine):
-    model = site.deploy("served", engine=real_engine)
+    """A release of charts/headrace-model."""
+    model = site.install("served", engine=real_engine)
     model.wait_true("Ready", timeout=READY_SECONDS)
     yield model
-    site.delete("served")
+    site.helm("uninstall", "served")
 
 
 def serving_pod(model):
@@ -58,6 +59,13 @@ def metric(pod, name):
 
 def test_answer_equals_that_of_plain_vllm(model, expected_tokens):
     assert ask(model).token_ids == expected_tokens.token_ids()
+
+
+def test_helm_test_of_the_models_chart_gets_an_answer(site, model):
+    output = site.helm("test", model.name, "--logs")
+    (answer,) = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+    assert answer["model"] == model.name
+    assert answer["usage"]["completion_tokens"] == 1
 
 
 def test_every_condition_holds_but_the_direct_path(model):

@@ -1,10 +1,11 @@
-"""docs/reference/conditions.md knows every condition and every reason, docs/troubleshooting.md what to do."""
+"""docs/reference/conditions.md knows every condition and reason, docs/troubleshooting.md a fix."""
 
 import re
 from pathlib import Path
 
 import headrace_operator.plan
 from headrace_operator.api.status import ConditionType
+from headrace_operator.plan.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PLAN = Path(headrace_operator.plan.__file__).parent
@@ -50,6 +51,37 @@ def test_the_reasons_of_volume_ready_are_a_closed_list() -> None:
     headings = re.findall(r"^### (\w+)$", section("troubleshooting.md", "## VolumeReady"), re.M)
     assert set(headings) == made
     assert len(headings) == len(made)
+
+
+def test_every_reason_of_sharder_and_loader_is_documented() -> None:
+    """They are the names of the classes of their errors, and become conditions' reasons."""
+    abstract = {"CheckpointError", "LoaderError", "InputError", "TransientError"}
+    made = set()
+    for package in ("headrace_checkpoint", "headrace_loader"):
+        text = (ROOT / f"loader_image/{package}/errors.py").read_text()
+        made |= set(re.findall(r"^class (\w+)\(", text, re.MULTILINE))
+    assert len(made) > 20
+    headings = (ROOT / "docs/troubleshooting.md").read_text()
+    assert made - abstract - set(re.findall(r"^### (\w+)$", headings, re.M)) == set()
+
+
+def test_every_reason_in_the_tables_has_something_to_do() -> None:
+    known = (ROOT / "docs/reference/conditions.md").read_text().partition("\n## Reasons\n")[2]
+    rows = re.findall(r"^\| ((?:loader's own: )?`.*?) \|", known.split("\n### Any pod")[0], re.M)
+    named = {reason for row in rows for reason in re.findall(r"`([A-Z]\w+)`", row)}
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    answered = set(re.findall(r"^### (\w+)$", text, re.M)) | set(re.findall(r"`([A-Z]\w+)`", text))
+    assert len(named) > 80
+    assert named - answered == set()
+
+
+def test_the_presets_are_those_of_the_table() -> None:
+    row = re.compile(r"^\| `([\w-]+)` \| ([\w.-]+)(?: \(arm64\))? \| (\d+) \| (\d+) \|$", re.M)
+    table = {name: fields for name, *fields in row.findall(section("gpus.md", "## Presets"))}
+    assert table == {
+        name: [preset.instance_types[0], str(preset.gpus), str(preset.efa_interfaces)]
+        for name, preset in PRESETS.items()
+    }
 
 
 def test_each_section_of_the_troubleshooting_says_something() -> None:

@@ -1,4 +1,4 @@
-"""The demonstration itself: python -m demo [--keep]."""
+"""The demonstration itself: python -m demo [--keep | --down]."""
 
 from __future__ import annotations
 
@@ -135,13 +135,16 @@ class Demo:
 def main() -> int:
     """Run the demonstration and tear everything down, also when it fails or is interrupted."""
     parser = argparse.ArgumentParser(prog="demo", description="Headrace on a real cluster.")
-    parser.add_argument("--keep", action="store_true", help="leave the cluster up at the end")
-    keep = parser.parse_args().keep
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--keep", action="store_true", help="leave the cluster up at the end")
+    end.add_argument("--down", action="store_true", help="tear down a cluster that was kept")
+    options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster = Cluster(ROOT / ".cache" / "demo")
     demo = Demo(cluster, ROOT / ".cache" / "demo-volume")
     try:
-        demo.run()
+        if not options.down:
+            demo.run()
     except (ToolError, LocalkubeError, subprocess.TimeoutExpired) as error:
         print(f"\n{diagnose(cluster)}\n\nfailed: {error}", file=sys.stderr)
         return 1
@@ -149,7 +152,7 @@ def main() -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     finally:
-        if not keep:
+        if not options.keep:
             demo.tear_down()
     return 0
 

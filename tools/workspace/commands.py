@@ -183,6 +183,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "dashboards": _module("dashboards"),
     "check-alerts": _check_alerts,
     "monitoring": _module("monitoring"),
+    "pictures": _module("demo.pictures"),
     "lock": _lock,
     "cluster-up": _cluster("up", "--node"),
     "cluster-down": _cluster("down"),

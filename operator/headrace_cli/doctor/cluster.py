@@ -306,8 +306,9 @@ def _model_state(namespace: str, model: Mapping[str, Any]) -> Finding:
     if not ready:
         fix = "see the operator's log; it may watch another namespace"
         return Finding(check, Grade.PROBLEM, "the operator has not looked at it", fix)
-    fix = f"docs/reference/conditions.md explains {text(ready, 'reason')}; headrace status -n {namespace}"
-    message = f"{text(ready, 'reason')}: {text(ready, 'message')}"
+    reason = text(ready, "reason")
+    fix = f"docs/reference/conditions.md explains {reason}; headrace status -n {namespace}"
+    message = f"{reason}: {text(ready, 'message')}"
     return Finding(check, Grade.WARNING, message, fix)
 
 

@@ -198,6 +198,17 @@ def test_timelines_of_a_real_load(
     assert spans["load"]["ts"] + spans["load"]["dur"] == pytest.approx(resident)
 
 
+def test_kubectl_finds_it_as_a_plugin_and_completes_it(
+    world: Any, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{scripts}{os.pathsep}{os.environ['PATH']}")
+    world.create()
+    listed = cluster.kubectl("headrace", "status", "-n", world.namespace, "-o", "json")
+    assert [model["name"] for model in json.loads(listed)["modelDeployments"]] == ["tiny"]
+    assert cluster.kubectl("__complete", "headrace", "doc").startswith("doctor\t")
+
+
 def test_what_is_not_there_is_named(world: Any, headrace: Callable[..., Ran]) -> None:
     ran = headrace("status", "nothing", "-n", world.namespace)
     assert (ran.code, ran.out) == (os.EX_NOINPUT, "")

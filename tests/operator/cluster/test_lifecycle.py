@@ -1,6 +1,7 @@
 """The way of a ModelDeployment on a real API server: shard, serve, scale, change, delete."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ def serve(world: Any, kubelet: Any, count: int = 1, name: str = "tiny") -> list[
     return pods
 
 
+def row(cluster: Any, world: Any) -> list[str]:
+    """What kubectl prints of tiny, without its age."""
+    table = cluster.kubectl("get", "mdl", "tiny", "-n", world.namespace, "--no-headers")
+    return list(table.split()[:-1])
+
+
 def test_from_manifest_to_ready_with_the_status_a_kubelet_would_write(
     operator: Any, world: Any, kubelet: Any, cluster: Any
 ) -> None:
@@ -61,6 +68,7 @@ def test_from_manifest_to_ready_with_the_status_a_kubelet_would_write(
     (pod,) = world.wait_pods("shard")
     kubelet.write(pod, {"phase": "Running"})
     world.wait_condition("CheckpointReady", "False", "Sharding")
+    assert row(cluster, world) == ["tiny", "0/1", "Sharding", "0%", "POSIX", "1"]
     kubelet.publish(pod, total_bytes=4096)
     world.wait_condition("CheckpointReady", "True", "Published")
 
@@ -92,7 +100,10 @@ def test_from_manifest_to_ready_with_the_status_a_kubelet_would_write(
     assert table[0].split() == [
         *("NAME", "READY", "STATUS", "CHECKPOINT", "PATH", "TP", "AGE"),
     ]
-    assert table[1].split()[:-1] == ["tiny", "1/1", "Serving", "100%", "POSIX", "1"]
+    assert row(cluster, world) == ["tiny", "1/1", "Serving", "100%", "POSIX", "1"]
+    described = cluster.kubectl("describe", "mdl", "tiny", "-n", world.namespace)
+    assert re.search(r"Reason: +Serving\n +Status: +True\n +Type: +Ready\n", described)
+    assert re.search(r"Warning +ClaimNotFound .*create it or correct the name", described)
     assert "tiny" in cluster.kubectl("get", "headrace", "-n", world.namespace)
     reasons = [(e["type"], e["reason"]) for e in world.events()]
     assert ("Warning", "ClaimNotFound") in reasons

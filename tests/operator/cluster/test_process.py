@@ -303,7 +303,7 @@ def forbidden(audit_log: Path) -> list[str]:
 def test_with_a_role_in_two_namespaces_it_serves_those_alone(
     operator_process: Any, cluster: Any, world: Any, kube: Any, kubelet: Any, audit_log: Path
 ) -> None:
-    """The chart's watchNamespaces, and no permission outside but for volumes and nodes."""
+    """The chart's watchNamespaces: no permission outside but for volumes and nodes, then none."""
     from headrace_operator.cluster.kinds import Kind
 
     if operator_process.process is not None:
@@ -317,36 +317,48 @@ def test_with_a_role_in_two_namespaces_it_serves_those_alone(
     second.namespace = f"{world.namespace}-b"
     cluster.kubectl("create", "namespace", second.namespace)
     refused = forbidden(audit_log)
+    chart = Path(__file__).parents[3] / "charts/headrace"
+    served = f"{world.namespace},{second.namespace}"
+    manifest = cluster.run(
+        [
+            *(cluster.bin("helm"), "template", "headrace", chart, "-n", "headrace-system"),
+            *("--set", f"watchNamespaces={{{served}}}"),
+            '--set-json=staticVolumes={"*": ["*"]}',
+            "--show-only=templates/rbac.yaml",
+        ]
+    )
     try:
-        chart = Path(__file__).parents[3] / "charts/headrace"
-        served = f"{world.namespace},{second.namespace}"
-        manifest = cluster.run(
-            [
-                *(cluster.bin("helm"), "template", "headrace", chart, "-n", "headrace-system"),
-                *("--set", f"watchNamespaces={{{served}}}"),
-                '--set-json=staticVolumes={"*": ["*"]}',
-                "--show-only=templates/rbac.yaml",
-            ]
-        )
         cluster.kubectl("apply", "-f", "-", stdin=manifest)
         operator_process.environment = {"HEADRACE_WATCH_NAMESPACES": served}
         operator_process.start()
         other = copy.copy(world)
         other.namespace = "default"
         other.create("elsewhere")
-        second.create("second")
+        second.create()
         world.add_claims("weights")
         with KubeletThread(world, kubelet):
             world.create()
             world.wait_condition("Ready", "True", "Serving")
-        second.wait_condition("Ready", "False", "ClaimNotFound", name="second")
+        second.wait_condition("Ready", "False", "ClaimNotFound")
         assert "status" not in other.resource("elsewhere")
         kube.delete(MODEL_DEPLOYMENT, "elsewhere", "default")
         assert kube.list(VOLUME)
         assert forbidden(audit_log) == refused
-    finally:
+
         operator_process.stop()
+        # As with rbac.clusterResources=false.
+        cluster.kubectl("delete", "clusterrolebinding", "headrace-cluster")
+        operator_process.start()
+        second.add_claims("weights")
+        with KubeletThread(second, kubelet):
+            second.wait_condition("Ready", "True", "Serving")
+        asked = {request.split("?")[0] for request in set(forbidden(audit_log)) - set(refused)}
+        assert asked == {"list /api/v1/persistentvolumes"}  # it goes without
+    finally:
+        if operator_process.process is not None:
+            operator_process.stop()
         operator_process.environment = {}
+        cluster.kubectl("apply", "-f", "-", stdin=manifest)
         kube.create(
             cluster_roles,
             {k: role[k] for k in ("rules",)}
