@@ -22,6 +22,7 @@ from headrace_loader.state import Phase
 _POLL_SECONDS = 0.2
 _REQUEST_SECONDS = 5.0
 _MAX_BYTES = 1 << 20
+_MAX_SECONDS = 86400.0
 _OVER = (Phase.READY, Phase.ORPHANED, Phase.FAILED)
 
 Status = dict[str, Any]
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="headrace load --watch", description=__doc__)
     parser.add_argument("url", type=_url, help="of the loader's status server")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, help="seconds to wait for an answer (60)"
+        "--timeout", type=_seconds, default=60.0, help="seconds to wait for an answer (60)"
     )
     add_form(parser, "--output")
     options = parser.parse_args(arguments)
@@ -131,6 +132,13 @@ def _answer(ask: Callable[[], Status], timeout: float) -> Status:
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"no status within {timeout:g} s: {error}") from None
             time.sleep(_POLL_SECONDS)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= _MAX_SECONDS:  # neither is NaN
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0, at most {_MAX_SECONDS:g}")
+    return value
 
 
 def _url(text: str) -> str:

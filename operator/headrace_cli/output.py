@@ -25,6 +25,8 @@ output_option = click.option(
 class Number(click.FloatRange):
     """A finite number above 0, at most `largest`; click's own ranges let NaN pass."""
 
+    name = "number"
+
     def __init__(self, largest: float) -> None:
         super().__init__(min=0, max=largest, min_open=True)
 

@@ -164,6 +164,7 @@ def test_capacities_with_efa_are_multiples_of_the_tiers_step(tier):
     ("options", "code", "words"),
     [
         (["--model-gb=nan"], os.EX_USAGE, "--model-gb"),
+        (["--model-gb=big"], os.EX_USAGE, "'big' is not a valid number"),
         (["--model-gb=inf"], os.EX_USAGE, "--model-gb"),
         (["--model-gb=-1"], os.EX_USAGE, "--model-gb"),
         (["--model-gb=0"], os.EX_USAGE, "--model-gb"),

@@ -77,6 +77,9 @@ def test_nobody_there() -> None:
     [
         (["load", "--watch", "localhost:9400"], "must be http://HOST:PORT"),
         (["load", "--watch", "http://h:1", "--what"], "--what"),
+        (["load", "--watch", "http://h:1", "--timeout=nan"], "nan: must be above 0"),
+        (["load", "--watch", "http://h:1", "--timeout=-1"], "-1: must be above 0"),
+        (["load", "--watch", "http://h:1", "-o", "xml"], "--output"),
         (["load"], "--checkpoint"),
         (["verify", "x", "--what"], "--what"),
         (["lead"], "lead"),

@@ -95,7 +95,7 @@ def headrace(model, *arguments, kubeconfig=None):
     target = ("-n", model.namespace, f"--kubeconfig={kubeconfig or model.cluster.kubeconfig}")
     command = [sys.executable, "-m", "headrace_cli", *arguments, *target, "--output=json"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, ran.stderr or ran.stdout
     return json.loads(ran.stdout)
 
 

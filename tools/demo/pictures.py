@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console, Group
 from rich.text import Text
 
@@ -46,8 +45,8 @@ STAGES = ("shard", "load", "engine", "ready")
 WIDTH = 118
 INTERVAL = "0.1"
 COMMAND_SECONDS = 60.0
-# The pictures stand in pages that fetch nothing from elsewhere, fonts neither.
-FORMAT = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+# Rich's pictures fetch a font; pages of this documentation fetch nothing from elsewhere.
+FONT = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
 
 Document = dict[str, Any]
 Moment = tuple[float, Document]
@@ -124,7 +123,7 @@ def draw(moments: Sequence[Moment]) -> str:
     for seconds, document in moments:
         parts += [Text(f"after {seconds:.1f} s", "dim italic"), render(document)]
     console.print(Group(*parts), end="")
-    return console.export_svg(title="headrace status --watch", code_format=FORMAT)
+    return FONT.sub("", console.export_svg(title="headrace status --watch"))
 
 
 def record(steps: Steps, cluster: Cluster, volume: Path, directory: Path) -> None:

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.cluster
 CHART = Path(__file__).parents[3] / "charts/headrace"
 Right = tuple[str, str, str]  # API group, resource or resource/subresource, verb
 
-# Never a request: admission asks for it where OwnerReferencesPermissionEnforcement is on.
 ROLES = ("Role", "ClusterRole")
 AUTHORIZATION = "authorization.k8s.io"
+# Never a request: admission asks for it where OwnerReferencesPermissionEnforcement is on.
 ASKED_BY_ADMISSION = {("headrace.dev", "modeldeployments/finalizers", "update")}
 
 
