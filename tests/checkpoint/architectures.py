@@ -77,7 +77,7 @@ OTHERS = {
         "GptOss",
         {
             "num_key_value_heads": 4,
-            "head_dim": 16,
+            "head_dim": 32,
             "intermediate_size": 128,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,

@@ -123,6 +123,16 @@ BAD = {
         "ArchitectureUnsupported",
         "quantization_config.quant_method: 'mxfp4': supported: 'fp8', 'compressed-tensors'",
     ),
+    "GPT-OSS as it is published": (
+        edit_config(
+            architectures=["GptOssForCausalLM"],
+            num_local_experts=4,
+            head_dim=64,
+            quantization_config={"quant_method": "mxfp4"},
+        ),
+        "ArchitectureUnsupported",
+        "quantization_config.quant_method: 'mxfp4': GptOssForCausalLM is supported unquantized",
+    ),
     "said to be quantized": (
         edit_config(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}),
         "ArchitectureUnsupported",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace_checkpoint.convert import STORAGE, convert, fp8_elements, fp8_scales
+from headrace_checkpoint.convert import STORAGE, convert, fp8_elements, fp8_scales, transpose
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PAIRS = list(itertools.product(TORCH, repeat=2))
@@ -61,6 +61,14 @@ def test_strided_columns(source, target):
         our_bits(array[:, 2:5], source, target),
         our_bits(np.ascontiguousarray(array[:, 2:5]), source, target),
     )
+
+
+@given(st.integers(1, 200), st.integers(1, 9))
+def test_transposed_in_strips(rows, columns):
+    matrix = np.arange(rows * (columns + 1), dtype=np.uint16).reshape(rows, -1)[:, :columns]
+    found = transpose(matrix)
+    np.testing.assert_array_equal(found, matrix.T)
+    assert found.flags.c_contiguous
 
 
 def torch_fp8(array, source):

@@ -51,7 +51,7 @@ def numbered_arrays(shapes):
     }
 
 
-def make_plan(per_layer, fields, shapes, tp=1, **architecture):
+def make_plan(per_layer, fields, shapes, tp=1, ep=1, **architecture):
     names = ("layers", "experts", "inner", "hidden", "heads", "a", "b")
     table = Architecture(
         name="Model",
@@ -63,7 +63,9 @@ def make_plan(per_layer, fields, shapes, tp=1, **architecture):
     )
     sources = {name: SourceTensor(name, "BF16", shape, "f", 0) for name, shape in shapes.items()}
     config = ModelConfig(fields, ("Model",))
-    return plan(table, config, sources, tensor_parallel_size=tp, dtype="BF16")
+    return plan(
+        table, config, sources, tensor_parallel_size=tp, expert_parallel_size=ep, dtype="BF16"
+    )
 
 
 def tensors_of(checkpoint):
@@ -89,6 +91,72 @@ def test_experts_are_stacked_and_each_is_split(count, width, hidden, tp):
             w13 = found["m.routed_experts.w13_weight"][expert]
             np.testing.assert_array_equal(w13, np.vstack([gate, up]))
             np.testing.assert_array_equal(found["m.routed_experts.w2_weight"][expert], down)
+
+
+def make_stack(piece, count, inner, tp, ep):
+    """What ranks have of one stacked tensor `x`, and the whole of it."""
+    sizes = {"inner": inner, "hidden": 3, "inner+inner": 2 * inner}
+    fields = {"layers": 1, "experts": count, "inner": inner, "hidden": 3}
+    shapes = {"x": (count, *(sizes[axis] for axis in piece.shape))}
+    rule = Tensor("x", (piece,), stack="experts")
+    checkpoint = make_plan((rule,), fields, shapes, tp, ep, sparse_layers=SparseLayers())
+    arrays = numbered_arrays(shapes)
+    return [rank["x"] for rank in carry_out(checkpoint, arrays)], arrays["x"]
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.sampled_from([("inner", "hidden"), ("hidden", "inner+inner"), ("inner+inner",)]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_stack_in_one_tensor_is_cut_at_each_position(
+    count, width, tp, whole, shape, split, transposed
+):
+    axis = next(axis for axis, size in enumerate(shape) if "inner" in size)
+    transposed = transposed and len(shape) == 2
+    cut = Split(axis, "inner") if split else None
+    piece = Piece("x", shape, cut, stacked=True, transposed=transposed)
+    count = count * tp if whole else count
+    ranks, array = make_stack(piece, count, width * tp, tp, tp if whole else 1)
+    if whole and tp > 1:
+        expected = np.split(array, tp)
+    else:
+        expected = np.split(array, tp, axis=1 + axis) if split else [array] * tp
+    for found, share in zip(ranks, expected, strict=True):
+        np.testing.assert_array_equal(found, share.swapaxes(1, 2) if transposed else share)
+
+
+@given(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.booleans())
+def test_the_first_rank_alone_has_what_is_added_after_the_sum(count, tp, whole):
+    piece = Piece("x", ("hidden",), on_first_rank=True, stacked=True)
+    count = count * tp if whole else count
+    ranks, array = make_stack(piece, count, tp, tp, tp if whole else 1)
+    zeros = [np.zeros_like(array)] * (tp - 1)
+    expected = np.split(array, tp) if whole else [array, *zeros]
+    np.testing.assert_array_equal(ranks, expected)
+
+
+def test_what_lies_together_is_one_slice():
+    piece = Piece("x", ("inner", "hidden"), Split(1, "hidden"), stacked=True)
+    fields = {"layers": 1, "experts": 5, "inner": 2, "hidden": 4}
+    rule = Tensor("x", (piece,), stack="experts")
+    shapes = {"x": (5, 2, 4)}
+    checkpoint = make_plan((rule,), fields, shapes, 2, sparse_layers=SparseLayers())
+    assert [(s.rows, s.columns) for (s,) in tensors_of(checkpoint)["x"].by_rank] == [
+        ((0, 10), (0, 2)),
+        ((0, 10), (2, 4)),
+    ]
+
+
+def test_a_stack_of_another_size_is_described_in_full():
+    piece = Piece("x", ("hidden",), stacked=True)
+    fields = {"layers": 1, "experts": 2, "hidden": 3}
+    with pytest.raises(SourceCorrupt, match=re.escape("demands [2, 3] (experts, hidden)")):
+        make_plan((Tensor("x", (piece,), stack="experts"),), fields, {"x": (3, 3)})
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4]))

@@ -97,8 +97,9 @@ def segment_values(segment, arrays):
         parts = [segment_values(one, arrays).reshape(rows, -1) for one in segment.slices]
         return np.hstack(parts).ravel()
     array = arrays[segment.source]
-    matrix = array.reshape(array.shape[0] if array.shape else 1, -1)
-    return matrix[slice(*segment.rows), slice(*segment.columns)].ravel()
+    matrix = array.reshape(math.prod(array.shape[: segment.row_axes]), -1)
+    found = matrix[slice(*segment.rows), slice(*segment.columns)]
+    return (found.T if segment.transposed else found).ravel()
 
 
 def divides(size, tp):

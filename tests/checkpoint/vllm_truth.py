@@ -10,7 +10,8 @@ The request has "make": [{"family", "fields", "out"}, ...], "save": [{"model", "
 line, so that its caller can cut checkpoints from them.
 
 `save` builds each model through vLLM's own code (engine arguments, distributed state
-over gloo with one forked process per rank for all models of a size, model construction,
+over gloo with one forked process per rank for all models of a size, which share the
+groups of ranks where these are the same, model construction,
 weight loading, re-tying) and saves its state dict with vLLM's ShardedStateLoader before
 weights are post-processed:
 the CPU backend's post-processing replaces linear weights by packed ones. Only the engine
@@ -21,14 +22,19 @@ With "quantization" fp8_per_channel vLLM makes FP8 of an unquantized model while
 transposes the weights for its kernels; they are saved transposed back.
 
 `generate` answers a prompt greedily with plain vLLM and prints the token lists as JSON
-after the marker TOKENS.
+after the marker TOKENS. Two things that vLLM does for each engine cost many times what the
+engine does, and are of no use here: collecting garbage among millions of objects, and looking
+through all modules for kernels that it replaced already.
 """
 
+import functools
 import gc
 import json
 import multiprocessing
 import sys
 import tempfile
+from itertools import groupby
+from multiprocessing import connection
 from pathlib import Path
 
 import tiny_models
@@ -43,6 +49,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_processin
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
+from vllm.model_executor.models import utils
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 PROMPT = [58, 7, 19, 33]
@@ -56,17 +64,25 @@ def save_rank(jobs: list, rank: int, size: int, rendezvous: str) -> None:
         parallel_state.init_distributed_environment(
             size, rank, f"file://{rendezvous}", rank, backend="gloo"
         )
-    for config, out in jobs:
-        with set_current_vllm_config(config):
-            save_model(config, out)
+    for (*sizes, _), group in groupby(jobs, lambda job: kind_of_groups(job[0])):
+        for number, (config, out) in enumerate(group):
+            with set_current_vllm_config(config):
+                if number == 0:
+                    parallel_state.initialize_model_parallel(*sizes)
+                save_model(config, out)
+        parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
 
 
-def save_model(config: VllmConfig, out: str) -> None:
+def kind_of_groups(config: VllmConfig) -> tuple[int, int, bool]:
     parallel = config.parallel_config
-    parallel_state.initialize_model_parallel(
-        parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    )
+    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    return (*sizes, config.model_config.is_moe)
+
+
+def save_model(config: VllmConfig, out: str) -> None:
+    # It goes by id(model), which may be that of an earlier model.
+    utils._model_to_pp_missing_layer_names.clear()
     with set_default_torch_dtype(config.model_config.dtype):
         model = initialize_model(vllm_config=config, model_config=config.model_config)
         get_model_loader(config.load_config).load_weights(model, config.model_config)
@@ -75,7 +91,6 @@ def save_model(config: VllmConfig, out: str) -> None:
             finalize_layerwise_processing(model, config.model_config)
     transpose_back(model)
     ShardedStateLoader.save_model(model, out)
-    parallel_state.destroy_model_parallel()
 
 
 def transpose_back(model: torch.nn.Module) -> None:
@@ -105,6 +120,7 @@ def save(jobs: list[dict], size: int) -> None:
     for job in jobs:
         Path(job["out"]).mkdir(parents=True, exist_ok=True)
     configured = [(engine_config(job), job["out"]) for job in jobs]
+    configured.sort(key=lambda job: kind_of_groups(job[0]))
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as directory:
         ranks = [
@@ -115,10 +131,15 @@ def save(jobs: list[dict], size: int) -> None:
         ]
         for process in ranks:
             process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise SystemExit(f"vLLM failed at {size} ranks")
+        running = {process.sentinel: process for process in ranks}
+        while running:
+            for sentinel in connection.wait(running):
+                process = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    for waiting in running.values():
+                        waiting.kill()
+                    raise SystemExit(f"vLLM failed at {size} ranks")
 
 
 def import_here(model: str) -> None:
@@ -135,14 +156,12 @@ def generate(job: dict) -> list[int]:
         quantization=job["quantization"],
         enforce_eager=True,
         max_model_len=128,
+        num_gpu_blocks_override=16,
         skip_tokenizer_init=True,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
     output = engine.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
-    tokens = list(output[0].outputs[0].token_ids)
-    del engine
-    gc.collect()
-    return tokens
+    return list(output[0].outputs[0].token_ids)
 
 
 if __name__ == "__main__":
@@ -156,5 +175,9 @@ if __name__ == "__main__":
         import_here(model)
     for size in sorted({item["tp"] * item["pp"] for item in request["save"]}):
         save([item for item in request["save"] if item["tp"] * item["pp"] == size], size)
+    gc.collect = lambda *_generation: 0
+    current_platform.register_triton_kernel_overrides = functools.cache(
+        current_platform.register_triton_kernel_overrides
+    )
     answers = [generate(item) for item in request["generate"]]
     sys.stdout.write(f"TOKENS {json.dumps(answers)}\n")

@@ -17,6 +17,13 @@ class Marked(nn.Parameter):
     """A parameter class of its own, as vLLM's are."""
 
 
+class Implementation:
+    """No module, and holds a parameter all the same, as vLLM's attention holds sinks."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self.parameter = parameter
+
+
 class Model(nn.Module):
     def __init__(self, *, tied: bool = False) -> None:
         super().__init__()
@@ -32,6 +39,7 @@ class Model(nn.Module):
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("table", torch.arange(4.0).cos(), persistent=False)
         self.work = torch.empty(3, device="cpu")
+        self.implementation = Implementation(self.norm)
 
 
 def build(**options: Any) -> Model:
@@ -66,6 +74,7 @@ def test_parameters_become_the_weights_themselves() -> None:
         assert parameter.data_ptr() == weights[name].data_ptr(), name
         assert not parameter.requires_grad
     assert model.alias is model.linear.weight
+    assert model.implementation.parameter is model.norm
     assert type(model.linear.weight) is Marked
     assert model.linear.weight.weight_loader == "kept"
     assert copies == [PrivateCopy("scale", 4, "buffers are written by the engine")]

@@ -91,10 +91,11 @@ class Tensor:
 
     With `stack`, the name of a size, it has that many such joints one after the other along
     a new first axis, and `{index}` in a piece's source is the position, unless the piece is
-    `stacked`; these are experts, which expert parallel ranks have whole. `dtype` is for tensors whose element type is not
-    the model's. It exists where `when` holds and `unless` does not, and, with `sparse`, only
-    in layers that have experts (true) or in those that have none (false). `linear` are weights
-    that quantized formats store as other tensors. `stage` is for tensors outside of the
+    `stacked`; these are experts, which expert parallel ranks have whole. `dtype` is for tensors
+    whose element type is not the model's. It exists where `when` holds and `unless` does not,
+    and, with `sparse`, only in layers that have experts (true) or in those that have none
+    (false). `linear` are weights that quantized formats store as other tensors: a table without
+    any is of unquantized models only. `stage` is for tensors outside of the
     layers: without it, those before the layers are in the first, those after in the last.
     """
 
