@@ -12,7 +12,7 @@ import copy
 import json
 import ssl
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -422,7 +422,7 @@ class Scenario:
     """What goes wrong in a life. The functions get the operator concerned."""
 
     harm: Callable[[Operator, Request], Harm | None] = lambda *_: None
-    events: Callable[[Operator, Request, Any], list[Any]] | None = None
+    events: Callable[[Operator, Request, Any], Awaitable[list[Any]]] | None = None
     operators: int = 1
     clock: Callable[[], datetime] = _now
     period: float = PERIOD_SECONDS

@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -32,7 +32,7 @@ SAMPLED_WRITES = range(4, 44, 13)
 ALL_CALLS = range(160)
 TOGETHER = 24
 SEED = 20261124
-Events = Callable[[Operator, Request, Any], list[Any]]
+LATE_SECONDS = 0.2
 
 
 def killed_at(number: int, *, before: bool) -> Scenario:
@@ -100,14 +100,29 @@ def watches(harm: Harm) -> Scenario:
     return Scenario(lambda _, r: harm if r.is_watch and r.number % 2 else None)
 
 
-def dropped() -> Events:
-    return lambda _o, _r, event: [] if random.random() < 0.5 else [event]
+async def dropped(_: Operator, _request: Request, event: Any) -> list[Any]:
+    return [] if random.random() < 0.5 else [event]
 
 
-def reordered() -> Events:
+async def none(*_: Any) -> list[Any]:
+    return []
+
+
+async def doubled(_: Operator, _request: Request, event: Any) -> list[Any]:
+    return [event, event]
+
+
+async def late(_: Operator, request: Request, event: Any) -> list[Any]:
+    """What becomes of a Deployment is told after all else, the operator's own status above all."""
+    if request.path.endswith("/deployments"):
+        await asyncio.sleep(LATE_SECONDS)
+    return [event]
+
+
+def reordered() -> Callable[[Operator, Request, Any], Awaitable[list[Any]]]:
     held: dict[int, list[Any]] = {}
 
-    def shuffle(operator: Operator, request: Request, event: Any) -> list[Any]:
+    async def shuffle(operator: Operator, request: Request, event: Any) -> list[Any]:
         kept = held.setdefault(hash((id(operator), request.number)), [])
         kept.append(event)
         if len(kept) < 3:
@@ -118,7 +133,7 @@ def reordered() -> Events:
     return shuffle
 
 
-def expired_in_the_stream(_: Operator, request: Request, event: Any) -> list[Any]:
+async def expired_in_the_stream(_: Operator, request: Request, event: Any) -> list[Any]:
     if random.random() < 0.7:
         return [event]
     gone = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}
@@ -156,9 +171,10 @@ SCENARIOS: Mapping[str, Scenario] = {
     "watch-refused": watches(Harm(status=500)),
     "watch-forgotten": Scenario(events=expired_in_the_stream),
     "watches-cut": Scenario(meanwhile=cut),
-    "events-lost": Scenario(events=dropped(), period=2.0),
-    "events-all-lost": Scenario(events=lambda *_: [], period=1.0),
-    "events-twice": Scenario(events=lambda _o, _r, event: [event, event]),
+    "events-lost": Scenario(events=dropped, period=2.0),
+    "events-all-lost": Scenario(events=none, period=1.0),
+    "events-twice": Scenario(events=doubled),
+    "events-late": Scenario(events=late),
     "events-reordered": Scenario(events=reordered(), period=2.0),
     "clock-steps": Scenario(clock=stepping_clock()),
     "two-operators": Scenario(operators=2),
