@@ -89,7 +89,9 @@ def test_ready_waits_for_the_final_annotations(
     serving = tuple(build.serving_pod(given_up.new, *containers, name=f"p-{n}") for n in range(4))
     counts = {"replicas": 4, "updatedReplicas": 4, "readyReplicas": 4}
     rolled_out = live(given_up.rolling, DONE, **counts)
-    final = live(body_of(build.plan(given_up.new, build.world(given_up.new, deployment=rolled_out))))
+    final = live(
+        body_of(build.plan(given_up.new, build.world(given_up.new, deployment=rolled_out)))
+    )
     final["status"] |= rolled_out["status"]
     written = copy.deepcopy(final)
     written["metadata"]["generation"] = 2
