@@ -216,7 +216,7 @@ class Operator:
 
     proxy: Proxy
     token: str
-    namespace: str | None
+    namespace: str
     clock: Callable[[], datetime] = _now
     period: float = PERIOD_SECONDS
     starts: int = 0
