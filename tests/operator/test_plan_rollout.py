@@ -80,6 +80,26 @@ def test_a_template_that_proved_itself_is_remembered(
     assert body["metadata"]["annotations"][STABLE] == known[STABLE]
 
 
+def test_ready_waits_for_the_final_annotations(
+    build: SimpleNamespace, given_up: SimpleNamespace
+) -> None:
+    """Forgetting the template before begins a generation that is not observed at once."""
+    held = {"ready": True, "running": {"startedAt": "2026-11-24T11:59:00Z"}}
+    containers = (build.container("loader", **held), build.container("engine", **held))
+    serving = tuple(build.serving_pod(given_up.new, *containers, name=f"p-{n}") for n in range(4))
+    counts = {"replicas": 4, "updatedReplicas": 4, "readyReplicas": 4}
+    rolled_out = live(given_up.rolling, DONE, **counts)
+    final = live(
+        body_of(build.plan(given_up.new, build.world(given_up.new, deployment=rolled_out)))
+    )
+    final["status"] |= rolled_out["status"]
+    written = copy.deepcopy(final)
+    written["metadata"]["generation"] = 2
+    for deployment, ready in ((rolled_out, "False"), (written, "False"), (final, "True")):
+        world = build.world(given_up.new, deployment=deployment, pods=serving)
+        assert build.conditions(given_up.new, world)["Ready"]["status"] == ready
+
+
 def test_what_does_not_become_ready_in_time_gives_way_to_the_last_that_did(
     build: SimpleNamespace, given_up: SimpleNamespace
 ) -> None:

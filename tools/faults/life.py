@@ -12,7 +12,7 @@ import copy
 import json
 import ssl
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -50,8 +50,8 @@ NAMESPACE = Kind("Namespace", "", "v1", "namespaces", namespaced=False)
 COUNTED = (JOB, DEPLOYMENT, SERVICE, REPLICA_SET)
 CHILDREN = (*COUNTED, CLAIM, CLAIM_TEMPLATE, DISRUPTION_BUDGET, POD)
 MERGE = "application/merge-patch+json"
-WAIT_SECONDS = 240.0
-LIFE_SECONDS = 420.0
+WAIT_SECONDS = 420.0
+LIFE_SECONDS = 600.0
 FIRST_COMPLETED = asyncio.FIRST_COMPLETED
 NAME = "tiny"
 READY = "Ready"
@@ -135,16 +135,18 @@ class Kube:
             with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
                 async with self._session.get(kind.path() + "?watch=true") as answer:
                     answer.raise_for_status()
-                    self._forget(kind)
+                    await self._forget(kind)
                     async for line in answer.content:
                         await self._take(kind, json.loads(line))
             await asyncio.sleep(0.2)
 
-    def _forget(self, kind: Kind) -> None:
+    async def _forget(self, kind: Kind) -> None:
         """A watch begins with all there is, and does not tell what went while there was none."""
-        for there in self.children.values():
-            for key in [key for key in there if key[0] == kind.name]:
-                del there[key]
+        for namespace, there in list(self.children.items()):
+            async with self._changed[namespace]:
+                for key in [key for key in there if key[0] == kind.name]:
+                    del there[key]
+                self._changed[namespace].notify_all()
 
     async def _take(self, kind: Kind, event: dict[str, Any]) -> None:
         metadata = event["object"].get("metadata", {})
@@ -214,7 +216,7 @@ class Operator:
 
     proxy: Proxy
     token: str
-    namespace: str | None
+    namespace: str
     clock: Callable[[], datetime] = _now
     period: float = PERIOD_SECONDS
     starts: int = 0
@@ -293,8 +295,8 @@ class Life:
     """A whole life: create, shard, serve, scale, roll, shard and roll, delete.
 
     `steps` are the changes of the spec after the first; `snapshot` is what there is before
-    the deletion; `taken_back` are the conditions by which a ModelDeployment that was Ready no longer
-    was, without a change of its spec.
+    the deletion; `taken_back` are the conditions by which a ModelDeployment that was Ready no
+    longer was, without a change of its spec.
     """
 
     kube: Kube
@@ -422,7 +424,7 @@ class Scenario:
     """What goes wrong in a life. The functions get the operator concerned."""
 
     harm: Callable[[Operator, Request], Harm | None] = lambda *_: None
-    events: Callable[[Operator, Request, Any], list[Any]] | None = None
+    events: Callable[[Operator, Request, Any], Awaitable[list[Any]]] | None = None
     operators: int = 1
     clock: Callable[[], datetime] = _now
     period: float = PERIOD_SECONDS

@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 _PASSED_ON = ("Authorization", "Content-Type", "Accept", "User-Agent")
@@ -70,7 +70,7 @@ class Proxy:
     server: str
     authority: Path
     harm: Callable[[Request], Harm | None] = lambda _: None
-    events: Callable[[Request, dict[str, Any]], list[dict[str, Any]]] | None = None
+    events: Callable[[Request, dict[str, Any]], Awaitable[list[dict[str, Any]]]] | None = None
     is_dead: bool = False
     requests: list[Request] = field(default_factory=list)
     url: str = ""
@@ -180,7 +180,7 @@ class Proxy:
             if self.events is None:
                 await response.write(line)
                 continue
-            for event in self.events(seen, json.loads(line)):
+            for event in await self.events(seen, json.loads(line)):
                 await response.write(json.dumps(event).encode() + b"\n")
 
 

@@ -28,7 +28,10 @@ beside = _cluster_tests()
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("faults")).up(kwok=2) as cluster:
+    # A claim that conflicts with its volume's first state waits for the next pass, 15 s by default.
+    flags = {"pvclaimbinder-sync-period": "2s"}
+    made = Cluster(tmp_path_factory.mktemp("faults")).up(kwok=2, controller_manager=flags)
+    with made as cluster:
         cluster.kubectl("create", "namespace", beside.SYSTEM)
         beside.install_rbac(cluster)
         cluster.kubectl("apply", "--server-side", "-f", str(beside.CRD))
