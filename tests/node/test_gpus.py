@@ -41,11 +41,11 @@ print(json.dumps([paths, [open(path).read() for path in paths], uuids]))
 
 
 @pytest.fixture(scope="module")
-def four_fake_gpus(site, tmp_path_factory):
+def four_fake_gpus(site):
     """Four devices that a driver publishes and prepares on the real node, and their class."""
     cluster = site.cluster
     if COMPONENT not in cluster.status():
-        program = tmp_path_factory.mktemp("driver") / "headrace-loader"
+        program = site.volume.parent / "headrace-loader"
         program.write_text(WITHOUT_CUDA)
         program.chmod(0o755)
         options = {"kubeconfig": cluster.kubeconfig, "node": NODE_NAME, "gpus": 4}
@@ -110,7 +110,7 @@ def claims(model):
     return json.loads(model.cluster.kubectl("get", "resourceclaims", "-o", "json"))["items"]
 
 
-def test_pods_share_fake_gpus_within_and_never_between_them(site, model):
+def test_fake_gpus_are_shared_within_pods_and_never_between_them(site, model):
     wait_for("two pods that answer", lambda: len(answering(model)) == 2, timeout=SECONDS)
     pods = answering(model)
     held = {name: gpus_of(model, pod) for name, pod in pods.items()}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from headrace_operator.plan import Deletion, Observed, Scale
+from headrace_operator.plan.names import job_name
 
 HASH = "headrace.dev/spec-hash"
 STABLE = "headrace.dev/stable-spec-hash"
@@ -271,6 +272,33 @@ def test_a_replica_of_several_nodes_is_a_group(build: SimpleNamespace) -> None:
     selector = body_of(result, "Service")["spec"]["selector"]
     assert selector["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
     assert "worker-index=0" in result.status["status"]["selector"]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [
+        ({}, 1),
+        ({"maxUnavailable": 3}, 3),
+        ({"maxUnavailable": "50%"}, 2),
+        ({"maxUnavailable": "20%"}, 1),
+        ({"maxUnavailable": "20%", "maxSurge": 1}, 0),
+    ],
+)
+def test_a_share_of_less_than_one_group_is_one(
+    build: SimpleNamespace, rollout: Any, expected: int
+) -> None:
+    resource = build.resource({**NODES, "replicas": 4, "rollout": rollout})
+    group_set = body_of(build.plan(resource, build.world(resource)), "LeaderWorkerSet")
+    strategy = group_set["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"]
+    assert strategy["maxUnavailable"] == expected
+
+
+def test_names_leave_room_for_what_controllers_append_to_them(build: SimpleNamespace) -> None:
+    resource = build.resource(NODES)
+    resource["metadata"]["name"] = "n" * 63
+    group_set = body_of(build.plan(resource, build.world(resource)), "LeaderWorkerSet")
+    assert len(group_set["metadata"]["name"] + "-19999-0123456789") == 63
+    assert len(job_name("n" * 63, build.spec_of(resource)) + "-63") == 63
 
 
 def test_a_replica_holds_its_weights_when_all_of_its_nodes_do(build: SimpleNamespace) -> None:

@@ -1,11 +1,15 @@
 """The store: the newest version wins, listings repair it, a dead watch is noticed."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace_operator.cluster.api import Listing
+from headrace_operator.cluster.api import Change, Listing
+from headrace_operator.cluster.informer import Informer
 from headrace_operator.cluster.kinds import CLAIM, JOB, MODEL_DEPLOYMENT
 from headrace_operator.cluster.store import Key, Store
 
@@ -78,6 +82,28 @@ def test_own_writes_do_not_hide_a_dead_watch() -> None:
     for _ in range(2):
         store.replace(JOB, Listing([job("a", 4)], 4))
     assert store.is_behind(JOB)
+
+
+@pytest.mark.parametrize(("changed", "behind"), [(4, False), (11, True)])
+def test_a_watch_owes_only_what_changed_after_its_beginning(changed: int, behind: bool) -> None:
+    store, listing = Store([JOB]), [job("a", 4)]
+
+    class Api:
+        async def pages(self, *_: Any, **__: Any) -> AsyncIterator[Listing]:
+            yield Listing(listing, 10)
+
+        async def watch(self, *_: Any, **__: Any) -> AsyncIterator[Change]:
+            """Deliver nothing; what listings show changes meanwhile, or does not."""
+            listing[:] = [job("a", changed)]
+            for _ in range(2):
+                await informer.list()
+            raise asyncio.CancelledError
+            yield
+
+    informer = Informer(Api(), store, JOB, (None,), "", lambda _: None)  # type: ignore[arg-type]
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(informer.run(None))
+    assert store.is_behind(JOB) is behind
 
 
 EVENTS = st.lists(

@@ -102,9 +102,9 @@ class Informer:
             await self.list()
         if namespace not in self._versions:
             raise KindNotServed(self.kind.plural)
-        stream = self.api.watch(
-            self.kind, namespace, self._versions[namespace], label_selector=self.selector
-        )
+        version = self._versions[namespace]
+        self.store.watch_from(self.kind, int(version))
+        stream = self.api.watch(self.kind, namespace, version, label_selector=self.selector)
         async for change in stream:
             self.beat(f"watch of {self.kind.plural}")
             self._versions[namespace] = change.version

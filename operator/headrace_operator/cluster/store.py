@@ -41,6 +41,11 @@ class Store:
         table.remove(body) if gone else table.put(body)
         return self._concerned(kind, body)
 
+    def watch_from(self, kind: Kind, version: int) -> None:
+        """Note that a watch begins after a version: what is older it will not deliver."""
+        table = self._tables[kind]
+        table.watched_version = max(table.watched_version, version)
+
     def put(self, kind: Kind, body: Object) -> None:
         """Take over the answer to a write."""
         self._tables[kind].put(body)

@@ -16,6 +16,8 @@ from headrace_operator.plan.rollout import Pin, canary_size, surges
 
 WORKER_INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
 _HISTORY = 10
+# Workers of a group are a StatefulSet `<name>-<group>`; its pods carry that and a hash as a label.
+_ROOM_FOR_GROUP = len("-19999") + len("-0123456789")
 
 
 def selector(owner: Object) -> dict[str, str]:
@@ -80,7 +82,7 @@ def group_set(
     the others wait for it in vain. Groups from `partition` on are replaced.
     """
     # Its controller makes a headless Service of the same name.
-    name = child_name(name_of(owner), "nodes")
+    name = child_name(name_of(owner), "nodes", room=_ROOM_FOR_GROUP)
     frozen = spec.replicas if spec.rollout.paused else 0
     partition = max(0, spec.replicas - canary_size(spec)) if canary else 0
     return {
@@ -95,7 +97,7 @@ def group_set(
                 "rollingUpdateConfiguration": {
                     "partition": max(frozen, partition),
                     "maxSurge": spec.rollout.max_surge,
-                    "maxUnavailable": spec.rollout.max_unavailable,
+                    "maxUnavailable": _unavailable_groups(spec),
                 },
             },
             "leaderWorkerTemplate": {
@@ -163,6 +165,19 @@ def claim_template(owner: Object, spec: ModelDeploymentSpec) -> dict[str, Any] |
 
 def _metadata(owner: Object, name: str, pin: Pin) -> dict[str, Any]:
     return metadata(owner, name, component=SERVE, annotations=pin.annotations())
+
+
+def _unavailable_groups(spec: ModelDeploymentSpec) -> int:
+    """Return maxUnavailable as a number: a share of less than one group is one.
+
+    So it is for Deployments. LeaderWorkerSet refuses it, and with it a scale-down to few groups.
+    Source: ResolveFenceposts in k8s.io/kubernetes/pkg/controller/deployment/util.
+    """
+    share = spec.rollout.max_unavailable
+    if isinstance(share, int):
+        return share
+    groups = spec.replicas * int(share.rstrip("%")) // 100
+    return groups if surges(spec) else max(1, groups)
 
 
 def _batches(spec: ModelDeploymentSpec, *, canary: bool) -> dict[str, Any]:

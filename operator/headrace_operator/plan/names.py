@@ -31,6 +31,7 @@ ROLLED_BACK_ANNOTATION = "headrace.dev/rolled-back-spec-hash"
 CHECKPOINT_FORMAT_VERSION = 1
 CHECKPOINT_LAYOUT = "vllm"
 _MAX_LABEL = 63
+_ROOM_FOR_INDEX = len("-63")
 _SOURCE = re.compile(r"pvc://([^/]+)/(.+)", re.DOTALL)
 
 
@@ -39,13 +40,16 @@ def digest(value: object, length: int) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
 
 
-def child_name(owner: str, suffix: str) -> str:
-    """Return `<owner>-<suffix>`, shortened to a DNS label with a digest if it is too long."""
-    full = f"{owner}-{suffix}"
-    if len(full) <= _MAX_LABEL:
+def child_name(owner: str, suffix: str, *, room: int = 0) -> str:
+    """Return `<owner>-<suffix>`, shortened to a DNS label with a digest if it is too long.
+
+    `room` is the number of characters that others append to it and that must fit as well.
+    """
+    full, longest = f"{owner}-{suffix}", _MAX_LABEL - room
+    if len(full) <= longest:
         return full
     tail = f"{digest(full, 8)}-{suffix}"
-    return f"{owner[: _MAX_LABEL - 1 - len(tail)]}-{tail}"
+    return f"{owner[: longest - 1 - len(tail)]}-{tail}"
 
 
 def labels(owner: Object, component: str | None = None) -> dict[str, str]:
@@ -134,7 +138,8 @@ def engine_cache_key(spec: ModelDeploymentSpec) -> str:
 def job_name(owner: str, spec: ModelDeploymentSpec, replaces: str = "") -> str:
     """Return the name of the Job that makes the checkpoint of the spec, again after `replaces`."""
     again = f"-{digest(replaces, 4)}" if replaces else ""
-    return child_name(owner, f"{SHARD}-{checkpoint_key(spec)[:8]}{again}")
+    suffix = f"{SHARD}-{checkpoint_key(spec)[:8]}{again}"
+    return child_name(owner, suffix, room=_ROOM_FOR_INDEX)
 
 
 def spec_hash(spec: ModelDeploymentSpec, *, without: frozenset[str]) -> str:

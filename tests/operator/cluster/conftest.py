@@ -27,6 +27,7 @@ from headrace_operator.cluster.kinds import (
     CLAIM,
     DEPLOYMENT,
     EVENT,
+    GROUP_SET,
     JOB,
     MODEL_DEPLOYMENT,
     POD,
@@ -287,17 +288,17 @@ def kube(cluster: Cluster, without_crd: object) -> Kube:
 
     def is_served() -> bool:
         try:
-            return bool(client.request("GET", MODEL_DEPLOYMENT.path()))
-        except RefusedError:
-            return False  # its storage is set up a moment after it is established
+            return all(client.request("GET", k.path()) for k in (MODEL_DEPLOYMENT, GROUP_SET))
+        except (RefusedError, json.JSONDecodeError):  # a group that is unknown yet: plain text
+            return False  # their storage is set up a moment after they are established
 
-    eventually(is_served, "the CRD to be served")
+    eventually(is_served, "the CRDs to be served")
     return client
 
 
 def lws_crd() -> Path:
     """LeaderWorkerSet's own definition, from its Go module."""
-    crds = source("sigs.k8s.io/lws") / "config/crd/bases"
+    crds = source("sigs.k8s.io/lws", "lws") / "config/crd/bases"
     return crds / "leaderworkerset.x-k8s.io_leaderworkersets.yaml"
 
 

@@ -43,7 +43,7 @@ def configured(port: int, directory: Path) -> Path:
 
 def webhooks(port: int, authority: Path) -> list[dict[str, Any]]:
     """Return LeaderWorkerSet's webhooks, called at an address in place of a Service."""
-    manifest = source("sigs.k8s.io/lws") / "config/webhook/manifests.yaml"
+    manifest = source("sigs.k8s.io/lws", "lws") / "config/webhook/manifests.yaml"
     found = list(yaml.safe_load_all(manifest.read_text()))
     for configuration in found:
         for webhook in configuration["webhooks"]:
@@ -189,3 +189,23 @@ def test_a_replica_of_two_nodes_serves_rolls_and_restarts_as_one_group(
     group_set = world.kube.get(GROUP_SET, "tiny-nodes", world.namespace)
     strategy = group_set["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"]
     assert strategy == {"maxSurge": 0, "maxUnavailable": 1, "partition": 1}
+
+
+def test_groups_of_the_longest_name_and_of_a_percentage_that_rounds_to_none(
+    operator: Any, world: Any, kubelet: Any, eventually: Any, controller: None
+) -> None:
+    name = "n" * 63
+    world.add_claims("weights")
+    world.create(
+        name,
+        replicas=2,
+        parallelism={"tensorParallelSize": 4, "nodes": 2},
+        sharding={"parallelism": 1},
+        rollout={"maxUnavailable": "25%"},
+    )
+    (pod,) = world.wait_pods("shard", name=name)
+    kubelet.publish(pod)
+    groups = Groups(world, kubelet, eventually, name)
+    pods = groups.wait("two groups", lambda found: are(found, *ALL))
+    groups.serve(pods, *ALL)
+    world.wait_condition("Ready", "True", "Serving", name)

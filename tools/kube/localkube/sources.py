@@ -11,19 +11,19 @@ from .errors import BuildError
 from .modules import Module
 from .toolchain import find_go
 
-_MODULE = Module("crds", {})
 _SECONDS = 300.0
 
 
-def source(path: str) -> Path:
-    """Return the directory of a module that modules/crds/go.mod requires, fetched if need be.
+def source(path: str, pinned_in: str = "crds") -> Path:
+    """Return the directory of a module that modules/PINNED_IN requires, fetched if need be.
 
-    Its go.sum says what the files must be. Raises BuildError when they cannot be had.
+    The go.sum there says what the files must be. Raises BuildError when they cannot be had.
     """
+    module = Module(pinned_in, {})
     environment = {**os.environ, "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=mod"}
     result = subprocess.run(
-        [find_go(_MODULE.go_version), "mod", "download", "-json", path],
-        cwd=_MODULE.directory,
+        [find_go(module.go_version), "mod", "download", "-json", path],
+        cwd=module.directory,
         env=environment,
         capture_output=True,
         text=True,

@@ -3,7 +3,4 @@ module headrace.dev/tools/kube/crds
 
 go 1.25.0
 
-require (
-	github.com/kedacore/keda/v2 v2.21.0
-	sigs.k8s.io/lws v0.8.0
-)
+require github.com/kedacore/keda/v2 v2.21.0

@@ -1,4 +1,4 @@
-// Pins the controller of LeaderWorkerSet. Its definition is in ../crds.
+// Pins LeaderWorkerSet: its controller, and the definition that is read from its sources.
 module headrace.dev/tools/kube/lws
 
 go 1.25.0
