@@ -8,7 +8,7 @@ from typing import Any
 
 from headrace_operator.api.spec import ModelDeploymentSpec
 from headrace_operator.plan import Observed, Settings, plan
-from headrace_operator.plan.names import SPEC_HASH_ANNOTATION, STABLE_ANNOTATION, checkpoint_key
+from headrace_operator.plan.names import SPEC_HASH_ANNOTATION, checkpoint_key
 
 from .cluster import manifest
 
@@ -45,8 +45,6 @@ def _with_blanks(body: dict[str, Any], owner: dict[str, Any]) -> str:
     annotations = body["metadata"].get("annotations", {})
     if SPEC_HASH_ANNOTATION in annotations:
         blanks[annotations[SPEC_HASH_ANNOTATION]] = "@HASH@"
-    if STABLE_ANNOTATION in annotations:
-        annotations[STABLE_ANNOTATION] = "@STABLE@"
     text = json.dumps(body)
     for value, blank in blanks.items():
         text = text.replace(value, blank)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 SYSTEM = "headrace-system"
 CONCURRENCY = 16
-NAMESPACES = 10
+PER_NAMESPACE = 100
 # What is known of pods and Jobs from their metadata does not need the rest of them, which is
 # most of what an API server has to encode and this program to decode.
 _METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
@@ -123,7 +123,7 @@ class Seen:
             self.complete_at.setdefault(key, time.monotonic())
 
 
-async def prepare(cluster: Cluster, kube: Kube, kubeconfig: Path) -> None:
+async def prepare(cluster: Cluster, kube: Kube, kubeconfig: Path, deployments: int) -> None:
     """Install CRD and RBAC rules, write the kubeconfig of the operator, make the claims."""
     cluster.kubectl("create", "namespace", SYSTEM)
     shown = [f"--show-only=templates/{name}.yaml" for name in ("rbac", "serviceaccount")]
@@ -135,12 +135,12 @@ async def prepare(cluster: Cluster, kube: Kube, kubeconfig: Path) -> None:
     cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
     cluster.kubeconfig_of("headrace", SYSTEM, kubeconfig, duration="24h")
     await until(lambda: kube.serves(MODEL_DEPLOYMENT), 30, lambda: "the CRD is not served")
-    await _add_claims(kube)
+    await _add_claims(kube, 1 + deployments // PER_NAMESPACE)
 
 
-async def _add_claims(kube: Kube) -> None:
+async def _add_claims(kube: Kube, namespaces: int) -> None:
     """Make the namespaces, and in each a claim and a volume that bind."""
-    for number in range(NAMESPACES):
+    for number in range(namespaces):
         namespace = f"bench-{number}"
         await kube.request("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
         spec = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
@@ -223,7 +223,7 @@ def manifest(number: int, replicas: int) -> dict[str, Any]:
     return {
         "apiVersion": MODEL_DEPLOYMENT.api_version,
         "kind": MODEL_DEPLOYMENT.name,
-        "metadata": {"name": f"model-{number}", "namespace": f"bench-{number % NAMESPACES}"},
+        "metadata": {"name": f"model-{number}", "namespace": f"bench-{number // PER_NAMESPACE}"},
         "spec": {
             "replicas": replicas,
             "model": {"source": f"pvc://weights/model-{number}"},

@@ -23,7 +23,7 @@ from .bodies import LOADER_IMAGE, peer_bodies
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_MIB = 2**20
+MIB = 2**20
 
 
 class Operator:
@@ -77,10 +77,8 @@ class Operator:
         """Return how many visits are done, 0 while any waits or before metrics are served."""
         # All metrics would be megabytes with thousands of ModelDeployments.
         query = "&".join(f"name[]={name}" for name in (self.waiting, self.visits))
-        url = f"http://127.0.0.1:{self._metrics_port}/metrics?{query}"
         try:
-            async with aiohttp.ClientSession() as session, session.get(url) as answer:
-                text = await answer.text()
+            text = await self.metrics(query)
         except aiohttp.ClientError:
             return 0
         found: dict[str, float] = defaultdict(float)
@@ -89,10 +87,15 @@ class Operator:
                 found[sample.name] += sample.value
         return 0 if found.get(self.waiting, 1) else int(found[self.visits])
 
+    async def metrics(self, query: str = "") -> str:
+        url = f"http://127.0.0.1:{self._metrics_port}/metrics?{query}"
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            return await answer.text()
+
     def rss_mib(self, row: str = "VmRSS") -> float:
         status = Path(f"/proc/{self.pid}/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith(row))
-        return int(line.split()[1]) * 1024 / _MIB
+        return int(line.split()[1]) * 1024 / MIB
 
     @property
     def _log(self) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cluster import CONCURRENCY, Kube, Seen, manifest, until
 from .counts import Audit, cpu_of_all, cpu_seconds, reads, writes, written
+from .operators import MIB
 
 if TYPE_CHECKING:
     import argparse
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .operators import Operator
 
 RESTART_CHANGES = 10
-FILL_SECONDS = 7200
+FILL_SECONDS = 3600
 RESTART_SECONDS = 1800
 _QUIET_SECONDS = 5.0
 
@@ -115,14 +116,19 @@ class Bench:
         await asyncio.sleep(self.options.idle_seconds)
         cpu, seconds = cpu_seconds(self.operator.pid) - cpu, time.monotonic() - begun
         audited = self.audit.counts() - audited
+        peak = self.operator.rss_mib("VmHWM")
+        begun = time.monotonic()
+        scraped = await self.operator.metrics()
         return {
+            "scrape_seconds": round(time.monotonic() - begun, 2),
+            "scrape_mib": round(len(scraped) / MIB, 2),
             "idle_seconds": round(seconds),
             "idle_writes": writes(audited),
             "idle_reads": reads(audited),
             "idle_visits": await self.operator.visited() - visited,
             "idle_core_percent": round(100 * cpu / seconds, 2),
             "idle_rss_mib": round(self.operator.rss_mib()),
-            "peak_rss_mib": round(self.operator.rss_mib("VmHWM")),
+            "peak_rss_mib": round(peak),
         }
 
     async def _restart(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class OfOne(Collector):
 
     def set(self, owner: _Owner, value: float, *labels: str) -> None:
         """Set a gauge."""
-        self._owners.setdefault(tuple(owner), {})["", *labels] = value
+        self._owners.setdefault(owner, {})["", *labels] = value
 
     def inc(self, owner: _Owner, amount: float, *labels: str) -> None:
         """Add to a counter; by 0 it is there before it counts, without which nothing increases."""
@@ -73,7 +73,7 @@ class OfOne(Collector):
         yield metric
 
     def _add(self, owner: _Owner, amount: float, *key: str) -> None:
-        values = self._owners.setdefault(tuple(owner), {})
+        values = self._owners.setdefault(owner, {})
         values[key] = values.get(key, 0) + amount
 
 

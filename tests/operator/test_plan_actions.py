@@ -323,6 +323,18 @@ def test_transitions_are_reported_once_and_named_alike_after_a_crash(
     assert changes == [("VolumeReady", "Bound"), ("CheckpointReady", "ShardJobStarting")]
 
 
+def test_what_only_repeats_other_conditions_is_no_event(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    pod = build.serving_pod(
+        resource, build.container("loader", ready=True), build.container("engine", ready=True)
+    )
+    observed = build.world(resource, deployment=build.deployment(resource), pods=(pod,))
+    written = {**resource, "status": build.plan(resource, observed).status["status"]}
+    scaled = {**written, "spec": {**written["spec"], "replicas": 2}}
+    news = build.plan(scaled, observed).transitions
+    assert [str(t.condition) for t in news] == ["WeightsResident", "Ready"]
+
+
 def test_claims_that_are_not_watched_are_looked_at_again(build: SimpleNamespace) -> None:
     resource = build.resource()
     assert build.plan(resource, Observed()).requeue_seconds == 5.0

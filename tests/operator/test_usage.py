@@ -106,6 +106,18 @@ def test_pods_that_are_gone_are_shown_no_longer() -> None:
     assert value(name, key, pod="b", phase="load") == 30
 
 
+def test_a_pod_that_becomes_ready_again_is_shown_anew_and_counted_once() -> None:
+    key, starts = Key("ns", "again"), ColdStarts(NOON)
+    pods = [started("a")]
+    starts.note(key, pods)
+    (ready,) = (c for c in pods[0]["status"]["conditions"] if c["type"] == "Ready")
+    ready["lastTransitionTime"] = (NOON + timedelta(seconds=90)).isoformat()
+    starts.note(key, pods)
+    assert value("pod_cold_start_phase_duration_seconds", key, pod="a", phase="total") == 90
+    assert value("cold_start_phase_duration_seconds_count", key, phase="total") == 1
+    assert value("cold_start_phase_duration_seconds_sum", key, phase="total") == 60
+
+
 def test_nothing_is_told_of_a_model_deployment_that_is_gone() -> None:
     key = Key("ns", "gone")
     status = {"readyReplicas": 1, "checkpoint": {"totalBytes": 7}, "conditions": []}

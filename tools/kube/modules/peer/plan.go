@@ -68,14 +68,9 @@ func plan(owner *ModelDeployment, n names, seen *observed) planned {
 	rolledOut := live.UID != "" && live.Status.ObservedGeneration == live.Generation &&
 		live.Status.UpdatedReplicas >= spec.Replicas && live.Status.ReadyReplicas >= spec.Replicas &&
 		live.Status.Replicas == live.Status.UpdatedReplicas
-	stable := live.Annotations["headrace.dev/stable-spec-hash"]
-	isSettling := rolledOut && stable != n.hash
-	if rolledOut && live.Annotations["headrace.dev/spec-hash"] == n.hash {
-		stable = n.hash
-	}
 	result := planned{fill: strings.NewReplacer("@NAME@", owner.Name, "@NAMESPACE@", owner.Namespace,
 		"@UID@", string(owner.UID), "@KEY@", n.key, "@KEY8@", n.key[:8], "@HASH@", n.hash,
-		"@STABLE@", stable, "@REPLICAS@", strconv.Itoa(int(spec.Replicas)))}
+		"@REPLICAS@", strconv.Itoa(int(spec.Replicas)))}
 
 	volume := volumeReady(seen)
 	checkpoint := checkpointReady(n, seen)
@@ -91,7 +86,7 @@ func plan(owner *ModelDeployment, n names, seen *observed) planned {
 	ready := draft{true, "Serving", fmt.Sprintf("%d of %d replicas answer requests", spec.Replicas, spec.Replicas)}
 	counts := fmt.Sprintf("%d of %d replicas are new, %d of %d answer requests",
 		live.Status.UpdatedReplicas, spec.Replicas, live.Status.ReadyReplicas, spec.Replicas)
-	if !rolledOut || isSettling {
+	if !rolledOut {
 		ready = draft{false, "RollingOut", counts}
 	}
 	for _, part := range []draft{available, resident, checkpoint, volume} {

@@ -28,6 +28,8 @@ import (
 const (
 	byOwner = "owner"
 	byClaim = "claim"
+
+	appliedAnnotation = "headrace.dev/applied"
 )
 
 type reconciler struct {
@@ -94,7 +96,7 @@ func (r *reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.
 	}
 	planned := plan(&owner, names, seen)
 	for _, kind := range planned.children {
-		if err := r.apply(ctx, &owner, kind, planned.fill.Replace(r.bodies[kind]), seen); err != nil {
+		if err := r.apply(ctx, &owner, kind, planned.fill.Replace(r.bodies[kind]), seen.of(kind)); err != nil {
 			return ctrl.Result{}, err
 		}
 	}
@@ -143,18 +145,22 @@ func (r *reconciler) observe(ctx context.Context, owner *ModelDeployment, n name
 	return &seen, err
 }
 
-// apply applies a child unless it is as wanted; one of somebody else is not taken over.
+// apply applies a child unless that was done with the same body, by an annotation: what others
+// change is not repaired. A child of somebody else is not taken over.
 func (r *reconciler) apply(
-	ctx context.Context, owner *ModelDeployment, kind, body string, seen *observed,
+	ctx context.Context, owner *ModelDeployment, kind, body string, live client.Object,
 ) error {
-	live := seen.of(kind)
-	desired := (&observed{}).of(kind)
-	if err := json.Unmarshal([]byte(body), desired); err != nil {
+	applied := digest(body)
+	if live.GetUID() != "" && (kind == "Job" || live.GetAnnotations()[appliedAnnotation] == applied) {
+		return nil
+	}
+	child := &unstructured.Unstructured{}
+	if err := json.Unmarshal([]byte(body), &child.Object); err != nil {
 		return fmt.Errorf("%s of %s: %w", kind, owner.Name, err)
 	}
 	if live.GetUID() == "" {
 		// Without the label it is in no cache, but may have the name.
-		err := r.reader.Get(ctx, client.ObjectKeyFromObject(desired), live)
+		err := r.reader.Get(ctx, client.ObjectKeyFromObject(child), live)
 		if client.IgnoreNotFound(err) != nil {
 			return err
 		}
@@ -162,14 +168,13 @@ func (r *reconciler) apply(
 	if live.GetUID() != "" && !metav1.IsControlledBy(live, owner) {
 		return fmt.Errorf("%s %s exists and is not ours", kind, live.GetName())
 	}
-	if live.GetUID() != "" && (kind == "Job" || equality.Semantic.DeepDerivative(desired, live)) {
-		return nil
+	annotations := child.GetAnnotations()
+	if annotations == nil {
+		annotations = map[string]string{}
 	}
-	object := &unstructured.Unstructured{}
-	if err := json.Unmarshal([]byte(body), &object.Object); err != nil {
-		return err
-	}
-	return r.Apply(ctx, client.ApplyConfigurationFromUnstructured(object),
+	annotations[appliedAnnotation] = applied
+	child.SetAnnotations(annotations)
+	return r.Apply(ctx, client.ApplyConfigurationFromUnstructured(child),
 		client.FieldOwner(manager), client.ForceOwnership)
 }
 
