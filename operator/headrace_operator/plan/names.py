@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import lru_cache
 from typing import Any
 
 from headrace_operator.api import API_VERSION, KIND
@@ -113,7 +114,12 @@ def identity(spec: ModelDeploymentSpec) -> dict[str, Any]:
 
 def checkpoint_key(spec: ModelDeploymentSpec) -> str:
     """Return the key of the checkpoint: 16 hex digits."""
-    return digest(identity(spec), 16)
+    return _key_of(tuple(identity(spec).items()))
+
+
+@lru_cache(maxsize=256)  # one plan asks a dozen times
+def _key_of(identity: tuple[tuple[str, Any], ...]) -> str:
+    return digest(dict(identity), 16)
 
 
 def checkpoint_path(spec: ModelDeploymentSpec) -> str:

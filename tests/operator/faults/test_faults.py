@@ -28,8 +28,8 @@ from headrace_operator.cluster import api
 
 ASKED = os.environ.get("HEADRACE_FAULTS", "")
 ALL = ASKED == "all"
-# The first test lives all lives.
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600 if ALL else 600)]
+# The first test lives all lives, and one that is stuck should tell so itself.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600 if ALL else 900)]
 SAMPLED_WRITES = range(4, 44, 13)
 # More than the calls of a start, so that each operator comes to work.
 CALLS_BETWEEN = 40
