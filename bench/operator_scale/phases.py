@@ -184,7 +184,7 @@ def _whole(seconds: Counter[str]) -> dict[str, int]:
 
 def quantiles(values: list[float]) -> str:
     p50, p99 = (_quantile(values, q) for q in (50, 99))
-    return f"p50 {p50:.3f} s, p99 {p99:.3f} s, max {max(values):.3f} s"
+    return f"min {min(values):.3f} s, p50 {p50:.3f} s, p99 {p99:.3f} s, max {max(values):.3f} s"
 
 
 def _quantile(values: list[float], percent: int) -> float:
