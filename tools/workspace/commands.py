@@ -39,8 +39,8 @@ PACKAGES = (
 CHECK_SECONDS = 600.0
 BUILD_SECONDS = 1800.0
 SUITE_SECONDS = 3000.0
-# Two groups at least, because clusters mostly wait; few, because an engine takes gigabytes.
-WORKERS = min(max(2, os.cpu_count() or 1), 4)
+# One more than cores, because clusters mostly wait; few, because an engine takes gigabytes.
+WORKERS = min(1 + (os.cpu_count() or 1), 4)
 SUITE_OPTIONS = (
     "--durations=15",
     f"--numprocesses={WORKERS}",
