@@ -24,7 +24,7 @@ from headrace_operator.plan.volume import is_orphan
 from headrace_operator.queue import WorkQueue
 
 PERIOD_SECONDS = 30.0
-MAX_PERIOD_SECONDS = 600.0
+MAX_PERIOD_SECONDS = 3600.0
 # What resyncs may cost, in cores: with thousands of objects they become rarer instead.
 _SHARE_OF_A_CORE = 0.01
 _DRAIN_SECONDS = 0.5
