@@ -51,8 +51,14 @@ class Kube:
         await self._session.close()
 
     async def request(
-        self, method: str, path: str, body: Any = None, content: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        content: str = "application/json",
+        done: tuple[int, ...] = (),
     ) -> Any:
+        """Return the answer; None also where the status is one of `done`."""
         for attempt in range(5):
             data = None if body is None else json.dumps(body)
             headers = {"Content-Type": content}
@@ -60,6 +66,8 @@ class Kube:
                 found = await answer.json()
                 if answer.status < 300:
                     return found
+                if answer.status in done:
+                    return None
                 if answer.status not in (409, 429, 500) or attempt == 4:
                     raise SystemExit(f"{method} {path}: {answer.status}: {found.get('message')}")
             await asyncio.sleep(0.2 * 2**attempt)
@@ -216,7 +224,8 @@ async def _complete(kube: Kube, job: Any) -> None:
     }
     metadata = job["metadata"]
     path = JOB.path(metadata["namespace"], metadata["name"], "status")
-    await kube.request("PATCH", path, {"status": status}, "application/merge-patch+json")
+    # A watch that begins again may tell of a Job as it was before this.
+    await kube.request("PATCH", path, {"status": status}, "application/merge-patch+json", (422,))
 
 
 def manifest(number: int, replicas: int) -> dict[str, Any]:
