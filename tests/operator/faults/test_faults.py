@@ -232,7 +232,8 @@ def test_the_disturbances_took_place(outcomes: dict[str, Outcome]) -> None:
             assert starts[name] == 2, name
         if name in EXHAUSTIVE:
             assert starts[name] > 2, name
-    assert starts.get("killed-after-every-write", 99) > 20
+    # How many writes a life has depends on how many changes fall together.
+    assert starts.get("killed-after-every-write", 99) > 12
     assert starts.get("killed-ever-later", 99) > 8
     assert starts[UNDISTURBED] == 1
     requests = outcomes[UNDISTURBED].operators[0].proxy.requests
