@@ -233,7 +233,8 @@ def _rows(values: list[Any]) -> list[tuple[Any, ...]]:
 def _are_valid(rows: list[tuple[Any, ...]], data_bytes: int) -> bool:
     """Whether all rows are what `_tensor` accepts; False also where it has to be asked."""
     names, dtypes, shapes, offsets, sizes = zip(*rows, strict=True)
-    texts, numbers = chain(names, dtypes), chain(offsets, sizes, *shapes)
+    dimensions = list(chain.from_iterable(shapes))
+    texts, numbers = chain(names, dtypes), chain(offsets, sizes, dimensions)
     if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int}:
         return False
     known, lengths = set(dtypes), {*map(len, names)}
@@ -246,7 +247,7 @@ def _are_valid(rows: list[tuple[Any, ...]], data_bytes: int) -> bool:
         and min(sizes) >= 0
         and max(map(add, offsets, sizes)) <= data_bytes
         and max(map(len, shapes)) <= _MAX_DIMENSIONS
-        and all(0 <= size <= _MAX_INTEGER for size in {*chain(*shapes)})
+        and all(0 <= size <= _MAX_INTEGER for size in {*dimensions})
     )
 
 
