@@ -11,7 +11,6 @@ import argparse
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from rich.text import Text
 
 import imagebuild
 from headrace_cli.status_command import render
-from localkube import Cluster, LocalkubeError, binaries, prerequisites
+from localkube import Cluster, binaries, prerequisites
 from workspace.errors import ToolError
 from workspace.paths import ROOT
 from workspace.process import run
@@ -34,6 +33,7 @@ from workspace.steps import Steps
 from . import setup
 from .__main__ import CLAIM, MANIFEST, NAME, READY_SECONDS
 from .observe import Model
+from .once import on_a_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -158,20 +158,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="pictures", description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, default=ROOT / "docs")
     directory = parser.parse_args().directory
-    root = ROOT / ".cache" / "pictures"
-    cluster = Cluster(root / "cluster")
-    try:
-        record(Steps(total=4), cluster, root / "volume", directory)
-    except (ToolError, LocalkubeError, subprocess.TimeoutExpired) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        cluster.down()
-        shutil.rmtree(root, ignore_errors=True)
-    return 0
+    return on_a_cluster(
+        "pictures",
+        lambda cluster, root: record(Steps(total=4), cluster, root / "volume", directory),
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ import imagebuild
 from dashboards.boards import BOARDS
 from demo import setup
 from demo.observe import Model, wait_for
-from localkube import Cluster, LocalkubeError, binaries, prerequisites
+from demo.once import on_a_cluster
+from localkube import Cluster, binaries, prerequisites
 from workspace.errors import ToolError
 from workspace.paths import ROOT
 from workspace.steps import Steps
@@ -151,20 +151,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="monitoring", description=__doc__)
     parser.add_argument("--write", action="store_true", help="draw docs/dashboard-*.svg")
     options = parser.parse_args()
-    root = ROOT / ".cache" / "monitoring"
-    cluster = Cluster(root / "cluster")
-    try:
-        run(Steps(total=4), cluster, write=options.write)
-    except (ToolError, LocalkubeError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        cluster.down()
-        shutil.rmtree(root, ignore_errors=True)
-    return 0
+    return on_a_cluster(
+        "monitoring", lambda cluster, _: run(Steps(total=4), cluster, write=options.write)
+    )
 
 
 if __name__ == "__main__":
