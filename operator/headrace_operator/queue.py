@@ -72,13 +72,19 @@ class WorkQueue(Generic[K]):
         self._failures.pop(key, None)
         self._give_back(key, again_after)
 
-    def failed(self, key: K) -> float:
-        """Give a key back after its work failed; return the seconds until it is tried again."""
+    def failed(self, key: K, *, is_stale: bool = False) -> float:
+        """Give a key back after its work failed; return the seconds until it is tried again.
+
+        Args:
+            is_stale: it failed because it began from an old state, so that a change which was
+                added meanwhile makes it ready at once.
+        """
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
         delay = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(count, 16), MAX_BACKOFF_SECONDS)
-        # Events during the work must not shorten the backoff.
-        self._again.discard(key)
+        if not is_stale:
+            # Events during the work must not shorten the backoff.
+            self._again.discard(key)
         self._give_back(key, delay)
         return delay
 

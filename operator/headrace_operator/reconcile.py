@@ -12,7 +12,7 @@ from headrace_operator.cluster.execute import Executor
 from headrace_operator.cluster.observe import Observer
 from headrace_operator.cluster.store import Key, Store
 from headrace_operator.coldstart import ColdStarts
-from headrace_operator.errors import ApiError, NamespaceTerminating
+from headrace_operator.errors import ApiError, Conflict, NamespaceTerminating
 from headrace_operator.health import Health
 from headrace_operator.metrics import (
     QUEUE_DEPTH,
@@ -78,7 +78,7 @@ class Reconciler:
         except NamespaceTerminating:
             self.queue.done(key)
         except ApiError as error:
-            delay = self.queue.failed(key)
+            delay = self.queue.failed(key, is_stale=isinstance(error, Conflict))
             RECONCILE_ERRORS.labels(error.reason).inc()
             context = {"object": key, "reason": error.reason, "seconds": delay}
             _logger.warning("not reconciled, trying again: %s", error, extra=context)
@@ -108,7 +108,7 @@ class Reconciler:
         observed = await self._observer.observe(resource, now)
         planned = plan(resource, observed, self.settings, now)
         if planned.finalizer:
-            await self._executor.write_finalizer(resource, planned)
+            resource = await self._executor.write_finalizer(resource, planned)
         rejections = await self._executor.write_children(resource, planned)
         if rejections:
             planned = plan(resource, replace(observed, rejections=rejections), self.settings, now)
@@ -116,7 +116,7 @@ class Reconciler:
         for transition in planned.transitions:
             await self._executor.report(resource, transition, now)
         if planned.status is not None:
-            await self._executor.write_status(resource, planned.status)
+            resource = await self._executor.write_status(resource, planned.status)
             replicas = integer(resource, "spec", "replicas")
             report_status(*key, replicas, planned.status["status"])
         if not planned.finalizer:

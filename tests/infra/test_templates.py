@@ -113,4 +113,5 @@ def test_no_interface_but_the_first_has_an_address():
     assert first["InterfaceType"] == "interface"
     kinds = [other["Fn::If"][1] for other in others]
     assert {kind["InterfaceType"] for kind in kinds} == {"efa-only"}
-    assert [kind["NetworkCardIndex"] for kind in kinds] == list(range(17))
+    places = [(kind["NetworkCardIndex"], kind["DeviceIndex"]) for kind in kinds]
+    assert places == [(0, 1), *((card, 0) for card in range(1, 17))]

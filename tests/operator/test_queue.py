@@ -91,6 +91,19 @@ async def test_failures_back_off_up_to_a_cap_and_success_resets(
     queue.shut_down()
 
 
+async def test_work_that_began_from_an_old_state_is_done_again_once_the_new_one_is_there() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add("a")
+    await queue.get()
+    queue.add("a")
+    queue.failed("a", is_stale=True)
+    assert len(queue) == 1
+    await queue.get()
+    queue.failed("a", is_stale=True)  # nothing new: after the backoff
+    assert len(queue) == 0
+    queue.shut_down()
+
+
 async def test_shut_down_lets_everyone_go() -> None:
     queue: WorkQueue[str] = WorkQueue()
     waiting = asyncio.create_task(queue.get())

@@ -210,6 +210,16 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
+def connect(proxy: Proxy, token: str) -> ApiClient:
+    """Return a client that goes through a proxy."""
+    configuration = Configuration(host=proxy.url)
+    configuration.api_key["BearerToken"] = token
+    configuration.api_key_prefix["BearerToken"] = "Bearer"
+    # The proxy speaks plain HTTP, but without it each start reads all of the system's.
+    configuration.ssl_ca_cert = str(proxy.authority)
+    return ApiClient(configuration)
+
+
 @dataclass
 class Operator:
     """The operator of one namespace, in this event loop, behind a proxy."""
@@ -229,12 +239,7 @@ class Operator:
         self.starts += 1
         self.first_request = len(self.proxy.requests)
         self.proxy.is_dead = False
-        configuration = Configuration(host=self.proxy.url)
-        configuration.api_key["BearerToken"] = self.token
-        configuration.api_key_prefix["BearerToken"] = "Bearer"
-        # The proxy speaks plain HTTP, but without it each start reads all of the system's.
-        configuration.ssl_ca_cert = str(self.proxy.authority)
-        self._client = ApiClient(configuration)
+        self._client = connect(self.proxy, self.token)
         api, store, self.health = Api(self._client), Store(WATCHED), Health()
         reconciler = Reconciler(api, store, Settings("loader:1"), self.health, clock=self.clock)
         self.resync = Resync(api, store, reconciler.queue, self.health, (self.namespace,))

@@ -64,7 +64,7 @@ INSTANCES = {
     # Prices of the two P6: third-party listings, us-west-2.
     "p6-b200.48xlarge": Instance(8, "B200", 179 * 10**9, 8, 400, price=113.93),
     "p6-b300.48xlarge": Instance(8, "B300", 268 * 10**9, 16, 400, price=142.416),
-    # An UltraServer of 18 has 28.8 Tbps: 4 x 400 Gbps each.
+    # One EFA-only interface of 400 Gbps per GPU: 1600 Gbps, 28.8 Tbps for an UltraServer of 18.
     "p6e-gb200.36xlarge": Instance(4, "GB200", 185 * 10**9, 4, 400, "arm64"),
 }
 

@@ -73,38 +73,46 @@ class Executor:
             await self.delete(deletion)
         return tuple(rejections)
 
-    async def write_finalizer(self, resource: Object, plan: Plan) -> None:
+    async def write_finalizer(self, resource: Object, plan: Plan) -> Object:
         """Set or remove our finalizer, where the plan says so and it differs.
+
+        Returns the resource as it is then.
 
         Raises:
             ApiError: the request failed and should be tried again.
         """
         present = mapping(resource, "metadata").get("finalizers", ())
         if plan.finalizer is None or plan.finalizer == (FINALIZER in present):
-            return
+            return resource
         others = [name for name in present if name != FINALIZER]
         wanted = [*others, FINALIZER] if plan.finalizer else others
         try:
             written = await self._api.set_finalizers(MODEL_DEPLOYMENT, resource, wanted)
         except NotFound:
-            return
+            return resource
         self._store.put(MODEL_DEPLOYMENT, written)
+        return written
 
-    async def write_status(self, resource: Object, status: Mapping[str, Any]) -> None:
+    async def write_status(self, resource: Object, status: Mapping[str, Any]) -> Object:
         """Write the status if it differs. A ModelDeployment that is gone needs none.
 
+        It is of the state that was read: what a newer one already says, be it another
+        operator's, is not replaced. Returns the resource as it is then.
+
         Raises:
-            ApiError: it is not written; a Conflict too, since it need not be a new object's.
+            ApiError: it is not written; a Conflict if the resource is a newer one by now.
         """
         if resource.get("status") == status["status"]:
-            return
-        metadata = {**status["metadata"], "uid": uid_of(resource)}
+            return resource
+        version = {"resourceVersion": text(resource, "metadata", "resourceVersion")}
+        metadata = {**status["metadata"], "uid": uid_of(resource), **version}
         body = {**status, "metadata": metadata}
         try:
             written = await self._api.apply(body, subresource="status")
         except NotFound:
-            return
+            return resource
         self._store.put(MODEL_DEPLOYMENT, written)
+        return written
 
     async def report(self, resource: Object, transition: Transition, now: datetime) -> None:
         """Report a transition as an event; the same transition is reported once."""

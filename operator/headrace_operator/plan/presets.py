@@ -3,8 +3,9 @@
 Sources, all of AWS: instance types and GPUs, "Amazon EC2 accelerated computing instance
 specifications"; EFA interfaces, "Maximize network bandwidth on instances with multiple network
 cards" (for P6-B300 16 cards of 400 Gbps make its 6400 Gbps, the seventeenth has no EFA; for
-P6e-GB200 the 28.8 Tbps of 18 nodes, in cards of 400 Gbps, make 4); the resource's name and
-5120 MiB of huge pages, "Run machine learning training on Amazon EKS with Elastic Fabric Adapter".
+P6e-GB200 one EFA-only interface of 400 Gbps per GPU, on cards 1, 5, 9 and 13, the first of the
+two recommended ways to its 1600 Gbps); the resource's name and 5120 MiB of huge pages, "Run
+machine learning training on Amazon EKS with Elastic Fabric Adapter".
 Not run on these instances.
 """
 

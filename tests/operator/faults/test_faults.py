@@ -22,9 +22,23 @@ from typing import Any
 
 import pytest
 
-from faults.life import Kube, Life, Operator, Outcome, Scenario, live
-from faults.proxy import HANGING, LOST, REFUSED, Harm, Request
+from faults.life import (
+    NAMESPACE,
+    Kube,
+    Life,
+    Operator,
+    Outcome,
+    Scenario,
+    connect,
+    live,
+    model_deployment,
+)
+from faults.proxy import HANGING, LOST, REFUSED, Harm, Proxy, Request
 from headrace_operator.cluster import api
+from headrace_operator.cluster.execute import Executor
+from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, WATCHED
+from headrace_operator.cluster.store import Store
+from headrace_operator.errors import Conflict
 
 ASKED = os.environ.get("HEADRACE_FAULTS", "")
 ALL = ASKED == "all"
@@ -251,3 +265,26 @@ def test_an_undisturbed_life_is_as_described(outcomes: dict[str, Outcome]) -> No
     }
     assert len(life.snapshot["Job"]) == 1
     assert len(life.snapshot["Pod"]) == 2
+
+
+async def test_a_status_does_not_replace_one_that_was_written_meanwhile(
+    cluster: Any, token: str
+) -> None:
+    namespace = "overtaken"
+    async with Kube(cluster) as kube, Proxy(cluster.server, cluster.authority) as proxy:
+        await kube.create(NAMESPACE, {"metadata": {"name": namespace}})
+        _, read = await kube.create(MODEL_DEPLOYMENT, model_deployment(namespace))
+        async with connect(proxy, token) as client:
+            executor = Executor(api.Api(client), Store(WATCHED))
+            seen = await executor.write_status(read, status_of(read, "1/1"))
+            with pytest.raises(Conflict):
+                await executor.write_status(read, status_of(read, "0/1"))
+            assert (await executor.write_status(seen, status_of(read, "2/1")))["status"] == {
+                "ready": "2/1"
+            }
+
+
+def status_of(resource: Any, ready: str) -> dict[str, Any]:
+    metadata = {key: resource["metadata"][key] for key in ("name", "namespace")}
+    kinds = {key: resource[key] for key in ("apiVersion", "kind")}
+    return {**kinds, "metadata": metadata, "status": {"ready": ready}}
