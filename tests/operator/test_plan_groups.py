@@ -136,7 +136,7 @@ def rolling(build: SimpleNamespace) -> Rolling:
         new, deployment=counted(copy.deepcopy(good), groups), pods=pods_of(build, groups)
     )
     bad = applied(group_set_of(build.plan(new, world)) or {})
-    return Rolling(build=build, old=old, new=new, good=good, bad=bad)
+    return Rolling(build=build, old=old, new=new, first=first, good=good, bad=bad)
 
 
 def test_a_template_all_of_whose_groups_were_ready_stays_known_as_such(rolling: Rolling) -> None:
@@ -150,16 +150,29 @@ def test_a_template_all_of_whose_groups_were_ready_stays_known_as_such(rolling: 
     assert body["metadata"]["annotations"][HASH] != known[HASH]
 
 
+def test_learning_that_a_template_is_proven_takes_no_readiness_back(rolling: Rolling) -> None:
+    """As at an upgrade from an operator that did not remember it."""
+    rolling.new = rolling.old
+    groups = {0: (rolling.first, True), 1: (rolling.first, True)}
+    assert rolling.first["metadata"]["annotations"][STABLE] == ""
+    body = group_set_of(rolling.visit(groups, 0, rolling.first))
+    assert body is not None
+    assert body["metadata"]["annotations"][STABLE] == template_of(rolling.first)
+    assert body["spec"] == rolling.first["spec"]
+    assert rolling.reason() == "Serving"
+
+
 def test_counts_of_an_earlier_template_prove_nothing(rolling: Rolling) -> None:
     """Version 0.8 does not say which generation its status is about."""
     groups = {0: (rolling.good, True), 1: (rolling.good, True)}
-    world = rolling.world(groups)
+    claims = {"metadata": {"name": "tiny-gpu-old", "namespace": "ns", "uid": "uid-claims"}}
+    world = rolling.world(groups, claim_templates=(claims,))
     world.deployment["status"]["updatedReplicas"] = 2  # type: ignore[index]
     result = plan(rolling.new, world, rolling.build.settings, rolling.build.now)
     body = group_set_of(result)
     assert body is not None
     assert body["metadata"]["annotations"][STABLE] == template_of(rolling.good)
-    assert result.delete == ()
+    assert result.delete == ()  # old pods, and going back, need them
 
 
 def test_each_group_that_gets_ready_begins_the_deadline_anew(rolling: Rolling) -> None:
@@ -175,6 +188,23 @@ def test_each_group_that_gets_ready_begins_the_deadline_anew(rolling: Rolling) -
     assert rolling.reason("Stalled") == "Progressing"
     rolling.visit(one, 100 + DEADLINE, history=(revision_of(rolling.good),))
     assert rolling.reason() == "RolledBack"
+
+
+def test_another_template_has_a_deadline_of_its_own(rolling: Rolling) -> None:
+    groups = {0: (rolling.good, True), 1: (rolling.bad, False)}
+    rolling.visit(groups, 0)
+    rolling.new = rolling.build.merged(rolling.new, {"spec": image("worse")})
+    body = group_set_of(rolling.visit(groups, DEADLINE - 1))
+    assert body is not None
+    worse = applied(body)
+    groups = {0: (rolling.good, True), 1: (worse, False)}
+    history = (revision_of(rolling.good),)
+    assert rolling.visit(groups, DEADLINE, worse).requeue_seconds == DEADLINE + 1
+    rolling.visit(groups, 2 * DEADLINE - 1, worse, history=history)
+    assert rolling.reason("Stalled") == "Progressing"
+    body = group_set_of(rolling.visit(groups, 2 * DEADLINE, worse, history=history))
+    assert body is not None
+    assert template_of(body) == template_of(rolling.good)
 
 
 def test_groups_that_do_not_get_ready_in_time_give_way_to_the_last_that_did(

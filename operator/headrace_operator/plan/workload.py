@@ -135,11 +135,13 @@ def _plan_template(
     image = pin.loader_image if is_current and pin.loader_image else settings.loader_image
     pin = next_pin(observed, str(VERSION), image, wanted, is_current=is_current)
     canary = canary_state(spec, wanted, observed, now) if live is not None else None
+    # Of groups the pods tell the end, and annotations begin no new generation.
+    is_settling = is_current and pin != Pin.of(live) and not is_group_set(live)
     return replace(
         _rendered(owner, spec, claim, pin, live, canary),
         delete=_stale(owner, spec, observed, claim) if is_current else (),
         is_current=is_current,
-        is_settling=is_current and pin != Pin.of(live),
+        is_settling=is_settling,
         has_failed=failed,
     )
 
