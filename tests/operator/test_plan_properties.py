@@ -84,6 +84,7 @@ STATUS = loose(
     failed=st.integers(0, 5),
     active=st.integers(0, 1),
     checkpoint=loose(key=WORDS, totalBytes=st.integers()),
+    rollout=loose(template=WORDS, readyReplicas=st.integers(0, 3), progressedAt=TIMES),
 )
 
 
@@ -115,7 +116,11 @@ def worlds(draw: st.DrawFn, build: SimpleNamespace, resource: Any) -> Observed:
     failed = copy.deepcopy(current)
     failed["status"]["conditions"] = [PROGRESS_FAILED]
     failed["metadata"]["annotations"]["headrace.dev/stable-spec-hash"] = "True"
-    deployment = st.sampled_from([current, failed]) | anything
+    worker = loose(metadata=metadata, spec=JUNK)
+    groups = loose(leaderWorkerTemplate=loose(size=st.integers(0, 2), workerTemplate=worker))
+    group_set = loose(metadata=metadata, spec=groups, status=STATUS)
+    deployment = st.sampled_from([current, failed]) | group_set | anything
+    revision = loose(metadata=metadata, data=loose(spec=groups))
     claims = st.none() | st.just(build.claim()) | anything
     reason = st.sampled_from(["Invalid", "NameConflict", "Forbidden"])
     rejection = st.builds(Rejection, st.sampled_from(KINDS), WORDS, reason, st.text(max_size=9))
@@ -125,7 +130,7 @@ def worlds(draw: st.DrawFn, build: SimpleNamespace, resource: Any) -> Observed:
         volume=draw(st.none() | anything),
         jobs=tuple(draw(st.lists(job, max_size=3))),
         deployment=draw(st.none() | deployment),
-        replica_sets=tuple(draw(st.lists(anything, max_size=2))),
+        history=tuple(draw(st.lists(anything | revision, max_size=2))),
         disruption_budget=draw(st.none() | anything),
         service=draw(st.none() | anything),
         claims=tuple(draw(st.lists(anything, max_size=2))),

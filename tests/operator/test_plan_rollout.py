@@ -106,7 +106,7 @@ def test_what_does_not_become_ready_in_time_gives_way_to_the_last_that_did(
 ) -> None:
     new, failed = given_up.new, given_up.failed
     history = (replica_set(given_up.rolling), replica_set(given_up.stable))
-    world = build.world(new, deployment=failed, replica_sets=history)
+    world = build.world(new, deployment=failed, history=history)
     body = body_of(build.plan(new, world))
     assert body["spec"]["template"] == given_up.stable["spec"]["template"]
     annotations = body["metadata"]["annotations"]
@@ -138,7 +138,7 @@ def test_the_reason_for_going_back_outlives_the_pods(
         given_up.new, build.container("loader", ready=True), build.container("engine", **waiting)
     )
     history = (replica_set(given_up.stable),)
-    world = build.world(given_up.new, deployment=given_up.failed, replica_sets=history, pods=(pod,))
+    world = build.world(given_up.new, deployment=given_up.failed, history=history, pods=(pod,))
     first = build.plan(given_up.new, world)
     written = {**given_up.new, "status": first.status["status"]}
     back = live(body_of(first), DONE, replicas=4, updatedReplicas=4, readyReplicas=4)
@@ -155,7 +155,7 @@ def test_with_nothing_to_go_back_to_the_rollout_stands_and_says_so(
         del given_up.failed["metadata"]["annotations"][STABLE]
     else:
         history = ()
-    world = build.world(given_up.new, deployment=given_up.failed, replica_sets=history)
+    world = build.world(given_up.new, deployment=given_up.failed, history=history)
     body = body_of(build.plan(given_up.new, world))
     assert body["spec"]["template"] == given_up.rolling["spec"]["template"]
     stalled = build.conditions(given_up.new, world)["Stalled"]
@@ -167,7 +167,7 @@ def test_a_verdict_on_an_older_generation_is_none(
 ) -> None:
     given_up.failed["metadata"]["generation"] = 2
     history = (replica_set(given_up.stable),)
-    world = build.world(given_up.new, deployment=given_up.failed, replica_sets=history)
+    world = build.world(given_up.new, deployment=given_up.failed, history=history)
     body = body_of(build.plan(given_up.new, world))
     assert body["metadata"]["annotations"][ROLLED_BACK] == ""
 

@@ -59,6 +59,17 @@ class CheckpointStatus(Part):
     """Indexes of the pods that have done their share, such as 0-2,5."""
 
 
+class RolloutStatus(Part):
+    """How far the rollout of replicas of several nodes is, while it has not ended."""
+
+    template: str
+    """Digest that names the new template."""
+    ready_replicas: int
+    """New replicas that are ready."""
+    progressed_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """When the last of them became ready, or the rollout began or went on after a pause."""
+
+
 class VolumeStatus(Part):
     """The volume in use."""
 
@@ -99,6 +110,8 @@ class ModelDeploymentStatus(Part):
     """The checkpoint of the current spec."""
     volume: VolumeStatus | None = None
     """The volume in use."""
+    rollout: RolloutStatus | None = None
+    """The rollout of replicas of several nodes, while there is one."""
 
 
 class ModelDeployment(BaseModel):

@@ -44,6 +44,7 @@ CLAIM_TEMPLATE = Kind("ResourceClaimTemplate", "resource.k8s.io", "v1", "resourc
 DISRUPTION_BUDGET = Kind("PodDisruptionBudget", "policy", "v1", "poddisruptionbudgets")
 GROUP_SET = Kind("LeaderWorkerSet", "leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
 REPLICA_SET = Kind("ReplicaSet", "apps", "v1", "replicasets")
+REVISION = Kind("ControllerRevision", "apps", "v1", "controllerrevisions")
 DEVICE_CLASS = Kind("DeviceClass", "resource.k8s.io", "v1", "deviceclasses", namespaced=False)
 VOLUME = Kind("PersistentVolume", "", "v1", "persistentvolumes", namespaced=False)
 STORAGE_CLASS = Kind("StorageClass", "storage.k8s.io", "v1", "storageclasses", namespaced=False)

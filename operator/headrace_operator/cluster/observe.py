@@ -20,6 +20,7 @@ from headrace_operator.cluster.kinds import (
     NODE,
     POD,
     REPLICA_SET,
+    REVISION,
     SERVICE,
     STORAGE_CLASS,
     VOLUME,
@@ -28,7 +29,7 @@ from headrace_operator.cluster.kinds import (
 from headrace_operator.cluster.loaders import Loaders
 from headrace_operator.cluster.store import Key, Store, key_of
 from headrace_operator.errors import Forbidden, KindNotServed, NotFound
-from headrace_operator.plan import Needs, Observed, needs, path_in_use
+from headrace_operator.plan import Needs, Observed, needs, path_in_use, wants_history
 from headrace_operator.plan.failures import stuck, stuck_claims
 from headrace_operator.plan.fsx import DRIVER
 from headrace_operator.plan.names import OWNER_LABEL
@@ -41,7 +42,7 @@ from headrace_operator.plan.objects import (
     text,
     uid_of,
 )
-from headrace_operator.plan.rollout import wants_history
+from headrace_operator.plan.rollout import is_group_set
 from headrace_operator.plan.serving import loader_addresses
 from headrace_operator.plan.serving_pod import GPU_RESOURCE
 
@@ -49,6 +50,7 @@ _T = TypeVar("_T")
 _CLUSTER_FACTS_SECONDS = 60.0
 _MISSING_FACTS_SECONDS = 5.0
 _MAX_EVENTS = 20
+_SET_NAME_LABEL = "leaderworkerset.sigs.k8s.io/name"
 _POLICY = "persistentVolumeReclaimPolicy"
 
 
@@ -76,15 +78,13 @@ class Observer:
         claim = self._store.claim(Key(key.namespace, wanted.claim or ""))
         storage_class, unreadable = await self._storage_class(wanted, claim)
         workloads = (*self._owned(DEPLOYMENT, resource), *self._owned(GROUP_SET, resource))
-        workload = next(iter(workloads), None)
         observed = Observed(
             claim=claim,
             source_claim=self._store.claim(Key(key.namespace, wanted.source_claim or "")),
             volume=await self._volume_of(wanted, claim),
             storage_class=storage_class,
             jobs=jobs,
-            deployment=workload,
-            replica_sets=await self._replica_sets(workload) if wants_history(workload) else (),
+            deployment=next(iter(workloads), None),
             disruption_budget=next(iter(self._owned(DISRUPTION_BUDGET, resource)), None),
             service=next(iter(self._owned(SERVICE, resource)), None),
             claims=self._owned(CLAIM, resource),
@@ -102,6 +102,9 @@ class Observer:
                 if (event := await self._last_warning(body)) is not None
             },
         )
+        if wants_history(resource, observed, now):
+            history = await self._history(mapping(observed.deployment))
+            observed = replace(observed, history=history)
         if not wanted.loaded_paths:
             return observed
         told = await self._loaders.paths(loader_addresses(observed))
@@ -161,13 +164,14 @@ class Observer:
         )
         return max(listing.objects, key=_event_time, default=None)
 
-    async def _replica_sets(self, workload: Object | None) -> tuple[Object, ...]:
-        """Return the history of a Deployment; not watched, as it is asked for so rarely."""
+    async def _history(self, workload: Mapping[str, Any]) -> tuple[Object, ...]:
+        """Return the earlier templates of a workload; not watched, as asked for so rarely."""
+        kind, label = REPLICA_SET, OWNER_LABEL
+        value = text(workload, "metadata", "labels", OWNER_LABEL)
+        if is_group_set(workload):
+            kind, label, value = REVISION, _SET_NAME_LABEL, name_of(workload)
         namespace = text(workload, "metadata", "namespace")
-        owner = text(workload, "metadata", "labels", OWNER_LABEL)
-        listing = await self._api.list(
-            REPLICA_SET, namespace, label_selector=f"{OWNER_LABEL}={owner}"
-        )
+        listing = await self._api.list(kind, namespace, label_selector=f"{label}={value}")
         return tuple(o for o in listing.objects if controller_uid(o) == uid_of(workload))
 
     async def _list_device_classes(self) -> frozenset[str] | None:

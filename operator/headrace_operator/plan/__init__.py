@@ -4,7 +4,7 @@ No input or output, no clock but the argument, and no exception whatever the API
 sends. Everything the operator decides is decided here.
 """
 
-from headrace_operator.plan.planner import needs, path_in_use, plan
+from headrace_operator.plan.planner import needs, path_in_use, plan, wants_history
 from headrace_operator.plan.world import (
     Deletion,
     Desired,
@@ -30,4 +30,5 @@ __all__ = [
     "needs",
     "path_in_use",
     "plan",
+    "wants_history",
 ]

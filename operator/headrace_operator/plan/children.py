@@ -71,15 +71,13 @@ def group_set(
     owner: Object,
     spec: ModelDeploymentSpec,
     pin: Pin,
-    leader: dict[str, Any],
-    worker: dict[str, Any],
+    template: dict[str, Any],
     *,
     canary: bool,
 ) -> dict[str, Any]:
     """Return the LeaderWorkerSet: a group of pods per replica, one pod per node.
 
-    A group lives and dies as one: a container that restarts restarts its group, as the ranks of
-    the others wait for it in vain. Groups from `partition` on are replaced.
+    Groups from `partition` on are replaced.
     """
     # Its controller makes a headless Service of the same name.
     name = child_name(name_of(owner), "nodes", room=_ROOM_FOR_GROUP)
@@ -100,13 +98,24 @@ def group_set(
                     "maxUnavailable": _unavailable_groups(spec),
                 },
             },
-            "leaderWorkerTemplate": {
-                "size": spec.parallelism.nodes,
-                "restartPolicy": "RecreateGroupOnPodRestart",
-                "leaderTemplate": leader,
-                "workerTemplate": worker,
-            },
+            "leaderWorkerTemplate": template,
         },
+    }
+
+
+def group_template(
+    spec: ModelDeploymentSpec, leader: dict[str, Any], worker: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the template of a LeaderWorkerSet.
+
+    A group lives and dies as one: a container that restarts restarts its group, as the ranks of
+    the others wait for it in vain.
+    """
+    return {
+        "size": spec.parallelism.nodes,
+        "restartPolicy": "RecreateGroupOnPodRestart",
+        "leaderTemplate": leader,
+        "workerTemplate": worker,
     }
 
 

@@ -27,6 +27,7 @@ SPEC_HASH_ANNOTATION = "headrace.dev/spec-hash"
 TEMPLATE_VERSION_ANNOTATION = "headrace.dev/template-version"
 LOADER_IMAGE_ANNOTATION = "headrace.dev/loader-image"
 STABLE_ANNOTATION = "headrace.dev/stable-spec-hash"
+STABLE_VERSION_ANNOTATION = "headrace.dev/stable-template-version"
 ROLLED_BACK_ANNOTATION = "headrace.dev/rolled-back-spec-hash"
 
 CHECKPOINT_FORMAT_VERSION = 1

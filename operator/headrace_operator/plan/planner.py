@@ -47,7 +47,7 @@ from headrace_operator.plan.reclaim import (
     plan_last_reclaim,
     plan_reclaim,
 )
-from headrace_operator.plan.rollout import has_old_pods, is_rolled_out
+from headrace_operator.plan.rollout import can_go_back, has_failed, is_rolled_out
 from headrace_operator.plan.serving import (
     SCALED_TO_ZERO,
     available,
@@ -111,6 +111,14 @@ def needs(resource: Object) -> Needs:
     )
 
 
+def wants_history(resource: Object, observed: Observed, now: datetime) -> bool:
+    """Whether a rollout has failed that can be rolled back if the earlier templates are known."""
+    if not can_go_back(observed.deployment):
+        return False
+    spec = _parse(resource)
+    return not isinstance(spec, ValidationError) and has_failed(resource, spec, observed, now)
+
+
 def plan(resource: Object, observed: Observed, settings: Settings, now: datetime) -> Plan:
     """Decide what to do for a ModelDeployment, given its observed children.
 
@@ -136,6 +144,8 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
     settled = drafts[ConditionType.READY].holds and needs_only(checkpoint_key(spec), observed)
     reclaim = plan_reclaim(resource, spec, claim, observed, settings, is_settled=settled)
     status = _status(resource, spec, volume, observed, checkpoint, drafts)
+    if workload.progress is not None:
+        status["rollout"] = workload.progress.status()
     return Plan(
         apply=(*volume.apply, *checkpoint.apply, *workload.apply, *reclaim.apply),
         delete=(*volume.delete, *checkpoint.delete, *workload.delete, *reclaim.delete),
@@ -231,8 +241,7 @@ def _ready(
     # A change of annotations begins a new generation of a Deployment, which is not observed at
     # once: Ready before it would be taken back for a moment.
     is_final = workload.is_current and not workload.is_settling
-    rolled_out = is_rolled_out(observed.deployment, spec.replicas) and not has_old_pods(observed)
-    if is_final and rolled_out:
+    if is_final and is_rolled_out(observed, spec.replicas):
         done = holds("Serving", f"{spec.replicas} of {spec.replicas} replicas answer requests")
         return done if spec.replicas else SCALED_TO_ZERO
     failure = next(iter(failures(observed)), None)
@@ -384,4 +393,6 @@ def _requeue_seconds(
     waits = [] if reasons.isdisjoint(_STANDING) else [STUCK_SECONDS + 1]
     if workload.canary is not None and workload.canary.seconds is not None:
         waits.append(workload.canary.seconds + 1)
+    if workload.progress is not None and workload.progress.seconds > 0:
+        waits.append(workload.progress.seconds + 1)
     return min(waits, default=None)

@@ -7,6 +7,7 @@ not ready: shards first, rolls after. A template whose pods do not become ready 
 to the last one whose pods did, and is not tried again until the spec changes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -17,19 +18,33 @@ from headrace_operator.plan.children import (
     deployment,
     disruption_budget,
     group_set,
+    group_template,
     service,
 )
-from headrace_operator.plan.names import digest, spec_hash
-from headrace_operator.plan.objects import Object, at, integer, mapping, name_of, text, uid_of
+from headrace_operator.plan.names import SPEC_HASH_ANNOTATION, digest, spec_hash
+from headrace_operator.plan.objects import (
+    Object,
+    at,
+    integer,
+    items,
+    mapping,
+    name_of,
+    text,
+    uid_of,
+)
 from headrace_operator.plan.rollout import (
     CanaryState,
     Pin,
+    Progress,
+    can_go_back,
     canary_state,
     has_failed,
+    is_group_set,
     is_rolled_out,
-    stable_hash,
+    next_pin,
+    progress_of,
 )
-from headrace_operator.plan.serving_pod import VERSION, Role, serving_pod_template
+from headrace_operator.plan.serving_pod import LOADER, VERSION, Role, serving_pod_template
 from headrace_operator.plan.world import Deletion, Desired, Observed, Scale, Settings
 
 # Changes of these parts replace no pods.
@@ -48,7 +63,8 @@ class Workload:
 
     `is_current` once the template is the spec's, `is_settling` while what is pinned of it is about
     to change, `is_rolled_back` while the spec's was given up, `has_failed` when its pods did not
-    become ready in time and nothing is there to go back to.
+    become ready in time and nothing is there to go back to. `progress` is that of a rollout of
+    groups.
     """
 
     apply: tuple[Desired, ...] = ()
@@ -59,6 +75,7 @@ class Workload:
     is_rolled_back: bool = False
     has_failed: bool = False
     canary: CanaryState | None = None
+    progress: Progress | None = None
 
 
 def plan_workload(
@@ -78,6 +95,7 @@ def plan_workload(
             take the place of the old one.
     """
     planned = _plan_template(owner, spec, claim, observed, settings, now, may_roll=may_roll)
+    planned = replace(planned, progress=progress_of(owner, spec, observed, now))
     if observed.deployment is None and not planned.apply:
         return planned
     if spec.replicas > 1:
@@ -107,7 +125,7 @@ def _plan_template(
     may_begin = may_roll and (live is None or not spec.rollout.paused)
     if claim is None or not (is_current or may_begin):
         return Workload(scale=_kept(spec, live))
-    failed = is_current and has_failed(live)
+    failed = is_current and has_failed(owner, spec, observed, now)
     if failed:
         back = _rolled_back(owner, spec, observed, wanted)
         if back is not None:
@@ -115,13 +133,15 @@ def _plan_template(
     if is_current and pin.version != str(VERSION):
         return Workload(scale=_kept(spec, live), is_current=True, has_failed=failed)
     image = pin.loader_image if is_current and pin.loader_image else settings.loader_image
-    pin = Pin(str(VERSION), image, wanted, stable_hash(live, is_current=is_current))
+    pin = next_pin(observed, str(VERSION), image, wanted, is_current=is_current)
     canary = canary_state(spec, wanted, observed, now) if live is not None else None
+    # Of groups the pods tell the end, and annotations begin no new generation.
+    is_settling = is_current and pin != Pin.of(live) and not is_group_set(live)
     return replace(
         _rendered(owner, spec, claim, pin, live, canary),
         delete=_stale(owner, spec, observed, claim) if is_current else (),
         is_current=is_current,
-        is_settling=is_current and pin != Pin.of(live),
+        is_settling=is_settling,
         has_failed=failed,
     )
 
@@ -149,7 +169,8 @@ def _rendered(
 
     if spec.parallelism.nodes > 1:
         leader, worker = template(Role.LEADER), template(Role.WORKER)
-        body = group_set(owner, spec, pin, leader, worker, canary=canary is not None)
+        groups = group_template(spec, leader, worker)
+        body = group_set(owner, spec, pin, groups, canary=canary is not None)
     else:
         whole = template(Role.WHOLE)
         body = deployment(owner, spec, pin, whole, live, canary=canary is not None)
@@ -162,11 +183,13 @@ def _rendered(
 def _rolled_back(
     owner: Object, spec: ModelDeploymentSpec, observed: Observed, given_up: str
 ) -> dict[str, Any] | None:
-    """Return the Deployment with the last template whose pods were ready, if it is kept."""
-    stable = Pin.of(observed.deployment).stable
-    if stable in ("", given_up):
+    """Return the workload with the last template whose pods were ready, if it is kept."""
+    if not can_go_back(observed.deployment):
         return None
-    for replica_set in observed.replica_sets:
+    if is_group_set(observed.deployment):
+        return _groups_rolled_back(owner, spec, observed, given_up)
+    stable = Pin.of(observed.deployment).stable
+    for replica_set in observed.history:
         pin = Pin.of(replica_set)
         template = mapping(replica_set, "spec", "template")
         if pin.spec_hash == stable and template:
@@ -174,6 +197,41 @@ def _rolled_back(
             body = _without_hash(template)
             return deployment(owner, spec, pin, body, observed.deployment, canary=False)
     return None
+
+
+def _groups_rolled_back(
+    owner: Object, spec: ModelDeploymentSpec, observed: Observed, given_up: str
+) -> dict[str, Any] | None:
+    """Return the LeaderWorkerSet with its last template whose pods were ready.
+
+    Its controller keeps a ControllerRevision of each template until one has all of its groups
+    ready. The same content gives the same revision, so groups that still have it stay.
+    Source: getPatch, TruncateRevisions in sigs.k8s.io/lws/pkg/utils/revision.
+    """
+    pin = Pin.of(observed.deployment)
+    for revision in observed.history:
+        template = mapping(revision, "data", "spec", "leaderWorkerTemplate")
+        pod = mapping(template, "workerTemplate")
+        if text(pod, "metadata", "annotations", SPEC_HASH_ANNOTATION) != pin.stable:
+            continue
+        loaders = items(pod, "spec", "initContainers")
+        image = next((text(c, "image") for c in loaders if text(c, "name") == LOADER), "")
+        known = pin.stable_version
+        back = Pin(known, image, pin.stable, pin.stable, given_up, known)
+        return group_set(owner, spec, back, _without_directives(template), canary=False)
+    return None
+
+
+def _without_directives(template: Object) -> dict[str, Any]:
+    """Return the template of a revision, which is a strategic merge patch, as it was applied."""
+    return {key: _without_nulls(v) for key, v in template.items() if key != "$patch"}
+
+
+def _without_nulls(value: object) -> object:
+    """Leave out what Go writes of fields that were not set."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _without_hash(template: Object) -> dict[str, Any]:
@@ -190,7 +248,7 @@ def _kept(spec: ModelDeploymentSpec, live: Object | None) -> Scale | None:
     """Return what has to change of a workload that keeps its template."""
     if live is None:
         return None
-    kind = "LeaderWorkerSet" if mapping(live, "spec", "leaderWorkerTemplate") else "Deployment"
+    kind = "LeaderWorkerSet" if is_group_set(live) else "Deployment"
     wanted: dict[str, Any] = {}
     if integer(live, "spec", "replicas") != spec.replicas:
         wanted["replicas"] = spec.replicas
@@ -204,7 +262,7 @@ def _stale(
 ) -> tuple[Deletion, ...]:
     """Return what no pod needs any more, once no old pod is left."""
     replicas = integer(observed.deployment, "spec", "replicas")
-    if not is_rolled_out(observed.deployment, replicas):
+    if not is_rolled_out(observed, replicas):
         return ()
     stale = (
         *_deletions("PersistentVolumeClaim", *observed.claims),

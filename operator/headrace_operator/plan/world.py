@@ -49,9 +49,9 @@ class Observed:
     claim is bound to. `warnings` holds the latest warning event by the UID of a stuck pod, Job
     or claim, `loaded_paths` what the loaders tell, by the UID of their pod, `paths_in_use` the
     checkpoints of all other ModelDeployments, on whatever volume. `deployment` is the
-    LeaderWorkerSet where replicas span nodes, `replica_sets` the history of the Deployment,
-    looked up when its rollout has failed. None means unknown, or not there; `unreadable` has the
-    kinds that the operator may not read.
+    LeaderWorkerSet where replicas span nodes, `history` its ControllerRevisions, or the
+    ReplicaSets of the Deployment, looked up when its rollout has failed. None means unknown, or
+    not there; `unreadable` has the kinds that the operator may not read.
     """
 
     claim: Object | None = None
@@ -60,7 +60,7 @@ class Observed:
     storage_class: Object | None = None
     jobs: tuple[Object, ...] = ()
     deployment: Object | None = None
-    replica_sets: tuple[Object, ...] = ()
+    history: tuple[Object, ...] = ()
     disruption_budget: Object | None = None
     service: Object | None = None
     claims: tuple[Object, ...] = ()

@@ -191,7 +191,7 @@ def test_a_replica_of_two_nodes_serves_rolls_and_restarts_as_one_group(
     assert strategy == {"maxSurge": 0, "maxUnavailable": 1, "partition": 1}
 
 
-def test_groups_of_the_longest_name_and_of_a_percentage_that_rounds_to_none(
+def test_groups_of_the_longest_name_that_do_not_become_ready_are_rolled_back(
     operator: Any, world: Any, kubelet: Any, eventually: Any, controller: None
 ) -> None:
     name = "n" * 63
@@ -201,7 +201,7 @@ def test_groups_of_the_longest_name_and_of_a_percentage_that_rounds_to_none(
         replicas=2,
         parallelism={"tensorParallelSize": 4, "nodes": 2},
         sharding={"parallelism": 1},
-        rollout={"maxUnavailable": "25%"},
+        rollout={"maxUnavailable": "25%"},  # less than one, which is one
     )
     (pod,) = world.wait_pods("shard", name=name)
     kubelet.publish(pod)
@@ -209,3 +209,28 @@ def test_groups_of_the_longest_name_and_of_a_percentage_that_rounds_to_none(
     pods = groups.wait("two groups", lambda found: are(found, *ALL))
     groups.serve(pods, *ALL)
     world.wait_condition("Ready", "True", "Serving", name)
+
+    world.change({"spec": {"engine": {"image": "vllm:broken"}}}, name)
+    broken = groups.wait(
+        "a group of the broken template",
+        lambda found: are(found, *ALL) and not uids(found, 1) & uids(pods, 1),
+    )
+    kubelet.waiting(broken["1/0"], "loader", "ImagePullBackOff", "no such image")
+    world.wait_condition("WeightsResident", "False", "ImagePullBackOff", name)
+    world.change({"spec": {"rollout": {"progressDeadlineSeconds": 2}}}, name)
+    condition = world.wait_condition("Ready", "False", "RolledBack", name)
+    assert "no such image" in condition["message"]
+    world.wait_condition("Stalled", "True", "RolledBack", name)
+    back = groups.wait(
+        "the earlier template to come back",
+        lambda found: are(found, *ALL) and not uids(found, 1) & uids(broken, 1),
+    )
+    assert {pod["spec"]["containers"][0]["image"] for pod in back.values()} == {"vllm:cpu"}
+    groups.serve(back, "1/0", "1/1")
+
+    # The spec that was: no group rolls for it, nor was the first one ever replaced.
+    world.change({"spec": {"engine": {"image": "vllm:cpu"}}}, name)
+    world.wait_condition("Ready", "True", "Serving", name)
+    last = groups.wait("the same groups", lambda found: are(found, *ALL))
+    assert uids(last, 0) == uids(pods, 0)
+    assert uids(last, 1) == uids(back, 1)

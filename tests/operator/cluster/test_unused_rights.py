@@ -96,8 +96,9 @@ def test_every_right_of_a_namespaces_role_is_used_there(
     given = granted(cluster, "--set=watchNamespaces={a}", kinds=("Role",))
     by_role = requests(audit_log, "allow", 'of Role "headrace"')
     looked = {right for right in given if right[2] in ("list", "watch")}
-    # Events and ReplicaSets are listed when something is wrong, always of one namespace.
-    seldom = {right for right in looked if right[1] in ("events", "replicasets")}
+    # Events and earlier templates are listed when something is wrong, always of one namespace.
+    resources = ("events", "replicasets", "controllerrevisions")
+    seldom = {right for right in looked if right[1] in resources}
     assert looked - seldom - by_role == set()
     in_a_namespace = requests(audit_log, "allow", namespaced=True)
     assert given - looked - ASKED_BY_ADMISSION - in_a_namespace == set()
