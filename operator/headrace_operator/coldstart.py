@@ -25,6 +25,8 @@ from headrace_operator.plan.objects import condition_of, items, name_of, parse_t
 from headrace_operator.plan.serving_pod import LOADER
 from headrace_operator.usage import Remembered
 
+PHASES = ("schedule", "prepare", "load", "engine")
+
 
 def phases(pod: Mapping[str, Any]) -> dict[str, float]:
     """Return the seconds of every phase of a ready pod; empty when it is not ready or lacks one."""
@@ -40,10 +42,9 @@ def phases(pod: Mapping[str, Any]) -> dict[str, float]:
     times = [mark for mark in marks if mark is not None]
     if len(times) != len(marks) or times != sorted(times):
         return {}
-    names = ("schedule", "prepare", "load", "engine")
     result = {
         name: (end - start).total_seconds()
-        for name, start, end in zip(names, times, times[1:], strict=False)
+        for name, start, end in zip(PHASES, times, times[1:], strict=False)
     }
     return {**result, "total": (times[-1] - times[0]).total_seconds()}
 
@@ -56,6 +57,9 @@ class ColdStarts:
         self._counted = Remembered()
         # By pod, when it became ready: a pod that has not changed since is not looked at again.
         self._shown: dict[Key, dict[str, str]] = {}
+        for phase in (*PHASES, "total"):
+            # There from 0: rate() and increase() do not see the first value of a series.
+            COLD_START_QUANTILES.labels(phase)
 
     def note(self, key: Key, pods: Iterable[Mapping[str, Any]]) -> None:
         """Count the pods of a ModelDeployment that have become ready, and show all that are."""

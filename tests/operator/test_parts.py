@@ -16,6 +16,7 @@ from headrace_operator.coldstart import ColdStarts, phases
 from headrace_operator.errors import SettingsInvalid
 from headrace_operator.health import STALE_SECONDS, Health
 from headrace_operator.logs import JsonFormatter
+from headrace_operator.metrics import COLD_START_QUANTILES
 from headrace_operator.plan.names import child_name, source_parts
 from headrace_operator.plan.objects import one_line
 from headrace_operator.plan.termination import termination_of
@@ -172,6 +173,16 @@ def test_every_cold_start_counts_once_and_old_ones_not_at_all() -> None:
     later = ColdStarts(datetime(2026, 11, 24, 12, 1, 1, tzinfo=UTC))
     later.note(KEY, [ready_pod("ready before the operator started")])
     assert count() == before + 2
+
+
+def test_the_first_cold_start_is_an_increase() -> None:
+    COLD_START_QUANTILES.clear()
+    ColdStarts(datetime(2026, 11, 24, 12, 0, tzinfo=UTC))
+    name = "headrace_operator_cold_start_phase_duration_seconds_count"
+    counts = {
+        phase: REGISTRY.get_sample_value(name, {"phase": phase}) for phase in phases(ready_pod())
+    }
+    assert set(counts.values()) == {0.0}
 
 
 def test_log_lines_are_json_with_the_object_named() -> None:

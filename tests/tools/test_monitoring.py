@@ -1,38 +1,48 @@
-"""The pictures of the dashboards: every panel is drawn, with and without data."""
+"""What is asked of Prometheus for the pictures: every target of the chart's dashboards, its way."""
 
-import xml.etree.ElementTree as ET
+import json
 
 import pytest
 
-from dashboards.boards import BOARDS
-from monitoring import draw
-from monitoring.__main__ import expand
-
-SVG = "{http://www.w3.org/2000/svg}"
-RESULT = [
-    {"metric": {"pod": "p", "phase": "load"}, "values": [[10, "1"], [20, "0"], [30, "NaN"]]},
-    {"metric": {"pod": "q"}, "values": [[10, "NaN"]]},
-]
+from dashboards.boards import PHASES
+from headrace_loader.state import Phase
+from monitoring.__main__ import ask_everything
+from monitoring.pictures import BOARDS as FILES
+from workspace.errors import ToolError
+from workspace.steps import Steps
 
 
-def test_series_are_named_and_what_is_no_number_is_left_out():
-    found = draw.series(RESULT, "{{pod}} {{phase}} {{absent}}")
-    assert found == [("p load", [(10.0, 1.0), (20.0, 0.0)])]
+class Answering:
+    """Stands for Prometheus; keeps what it was asked."""
+
+    def __init__(self, result):
+        self.result, self.asked = result, []
+
+    def at(self, expression, time):
+        self.asked.append(expression)
+        return self.result
+
+    def over(self, expression, begin, end, step):
+        self.asked.append(expression)
+        return self.result
 
 
-@pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
-@pytest.mark.parametrize("result", [[], RESULT], ids=["empty", "data"])
-def test_every_panel_is_drawn(board, result):
-    found = draw.series(result, "{{pod}}")
-    answers = {panel.title: found for panel in board.panels}
-    picture = ET.fromstring(draw.board(board, answers, "a note & more"))
-    texts = [text.text for text in picture.iter(f"{SVG}text")]
-    assert {panel.title for panel in board.panels} <= set(texts)
-    assert texts.count("no data") == (0 if result else len(board.panels))
+def test_a_recording_answers_every_target_of_the_charts_dashboards():
+    prometheus = Answering([{"metric": {}}])
+    recording = ask_everything(Steps(total=1), prometheus, 10.0)
+    targets = {"instant": set(), "range": set()}
+    for path in FILES.glob("*.json"):
+        for panel in json.loads(path.read_text())["panels"]:
+            for target in panel["targets"]:
+                targets["instant" if target["instant"] else "range"].add(target["expr"])
+    assert {kind: set(recording[kind]) for kind in targets} == targets
+    assert not [expression for expression in prometheus.asked if "$" in expression]
 
 
-@pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
-def test_no_variable_of_grafana_is_left_in_a_query(board):
-    for panel in board.panels:
-        for query in panel.queries:
-            assert "$" not in expand(query)
+def test_a_query_without_data_is_named():
+    with pytest.raises(ToolError, match=r"Headrace / Loader / Handovers: sum\(headrace"):
+        ask_everything(Steps(total=1), Answering([]), 10.0)
+
+
+def test_the_loaders_panel_knows_every_phase():
+    assert {text for _, text, _ in PHASES} == set(Phase)

@@ -6,19 +6,48 @@ from dataclasses import dataclass
 
 ONE = 'namespace=~"$namespace",name=~"$name"'
 RATE = "[$__rate_interval]"
+States = tuple[tuple[int, str, str], ...]
+
+
+def _truth(true: str, false: str) -> States:
+    return (1, "True", true), (0, "False", false), (-1, "Unknown", "text")
+
+
+TRUTH = _truth("green", "red")
+EXCEPTIONS = (
+    ("DirectPath", _truth("green", "orange")),
+    ("Reconciling", _truth("blue", "green")),
+    ("Stalled", _truth("red", "green")),
+)
+PROVISIONED = (("provisioned", "red"), ("provisioned, a GPU's share", "red"))
+GPUS = (("serving", "green"), ("idle", "orange"))
+PHASES = (
+    (1, "Starting", "purple"),
+    (2, "Loading", "blue"),
+    (3, "Ready", "green"),
+    (4, "Orphaned", "orange"),
+    (5, "Failed", "red"),
+)
 
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression and the legend of its series."""
+    """A PromQL expression and the legend of its series; `dashed` is what the others are held to."""
 
     expression: str
     legend: str = ""
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: `kind` is Grafana's name of its type, `unit` Grafana's name of its unit."""
+    """One panel: `kind` is Grafana's name of its type, `unit` Grafana's name of its unit.
+
+    A panel of the unit `none` counts things. `states` are the values of a state timeline, each with
+    its text and color, `exceptions` those of single rows; `columns` are the values of the label
+    (the first of them) that become columns of a table; `color` is that of bars and of a stat that
+    is not zero, `colors` those of series by name.
+    """
 
     title: str
     kind: str
@@ -27,6 +56,17 @@ class Panel:
     unit: str = "short"
     width: int = 12
     height: int = 8
+    states: States = TRUTH
+    exceptions: tuple[tuple[str, States], ...] = ()
+    columns: tuple[str, ...] = ()
+    color: str = "blue"
+    colors: tuple[tuple[str, str], ...] = ()
+    stacked: bool = False
+
+    @property
+    def is_instant(self) -> bool:
+        """Whether it shows values of one time only."""
+        return self.kind in ("stat", "bargauge", "table")
 
 
 @dataclass(frozen=True)
@@ -40,8 +80,9 @@ class Board:
     limit: bool = False
 
 
-def _stat(title: str, expression: str, description: str, unit: str = "short") -> Panel:
-    return Panel(title, "stat", (Query(expression),), description, unit, width=4, height=4)
+def _stat(title: str, expression: str, description: str, color: str, unit: str = "short") -> Panel:
+    query = (Query(expression),)
+    return Panel(title, "stat", query, description, unit, width=4, height=4, color=color)
 
 
 FLEET = Board(
@@ -53,32 +94,38 @@ FLEET = Board(
             "Models",
             f"count(headrace_modeldeployment_replicas{{{ONE}}})",
             "ModelDeployments.",
+            "blue",
         ),
         _stat(
             "Ready",
             f'sum(headrace_modeldeployment_condition{{{ONE},type="Ready"}} == bool 1)',
             "ModelDeployments that are as specified.",
+            "green",
         ),
         _stat(
             "GPUs serving",
             f'sum(headrace_gpus{{{ONE},state="serving"}})',
             "GPUs of pods that answer requests.",
+            "green",
         ),
         _stat(
             "GPUs idle",
             f'sum(headrace_gpus{{{ONE},state="idle"}})',
             "GPUs held by pods that are pulled, loading, compiling or crashing.",
+            "orange",
         ),
         _stat(
             "Idle GPU time",
             f'sum(increase(headrace_gpu_seconds_total{{{ONE},state="idle"}}[$__range]))',
             "GPU seconds paid for without serving, within the time shown.",
+            "orange",
             "s",
         ),
         _stat(
             "Failed shard Jobs",
             f'sum(increase(headrace_checkpoint_jobs_total{{{ONE},result="failed"}}[$__range]))',
             "Shard Jobs that failed for good, within the time shown.",
+            "red",
         ),
         Panel(
             "Replicas",
@@ -88,9 +135,14 @@ FLEET = Board(
                     f"headrace_modeldeployment_ready_replicas{{{ONE}}}",
                     "{{namespace}}/{{name}} ready",
                 ),
-                Query(f"headrace_modeldeployment_replicas{{{ONE}}}", "{{namespace}}/{{name}}"),
+                Query(
+                    f"headrace_modeldeployment_replicas{{{ONE}}}",
+                    "{{namespace}}/{{name}} asked for",
+                    dashed=True,
+                ),
             ),
             "Replicas that answer, and that are asked for.",
+            "none",
         ),
         Panel(
             "Ready",
@@ -122,18 +174,23 @@ FLEET = Board(
             "timeseries",
             (Query(f"sum by (state) (headrace_gpus{{{ONE}}})", "{{state}}"),),
             "Idle: bound to a node and not Ready.",
+            "none",
+            colors=GPUS,
+            stacked=True,
         ),
         Panel(
             "Shard Jobs",
             "timeseries",
             (
                 Query(
-                    f"sum by (result) (increase(headrace_checkpoint_jobs_total{{{ONE}}}[1h]))",
+                    "round(sum by (result) "
+                    f"(increase(headrace_checkpoint_jobs_total{{{ONE}}}[1h])))",
                     "{{result}} in the last hour",
                 ),
                 Query(f"sum(headrace_checkpoint_jobs_active{{{ONE}}})", "running"),
             ),
             "Jobs that make checkpoints.",
+            "none",
         ),
         Panel(
             "Shard Job, mean duration",
@@ -182,6 +239,9 @@ FLEET = Board(
     ),
 )
 
+_PHASE = " or ".join(
+    f'{value} * headrace_loader_phase{{{ONE},phase="{phase}"}}' for value, phase, _ in PHASES
+)
 COLD_START = Board(
     "headrace-cold-start",
     "Headrace / Cold start",
@@ -193,56 +253,61 @@ COLD_START = Board(
             (Query(f"headrace_modeldeployment_condition{{{ONE}}}", "{{type}}"),),
             "VolumeReady, CheckpointReady, WeightsResident, Available, Ready, over time.",
             width=24,
+            exceptions=EXCEPTIONS,
         ),
         Panel(
             "Loaders",
             "state-timeline",
-            (Query(f"headrace_loader_phase{{{ONE}}} == 1", "{{pod}} {{phase}}"),),
+            (Query(f"max by (pod) ({_PHASE})", "{{pod}}"),),
             "The phase each loader is in.",
             width=24,
             height=6,
+            states=PHASES,
         ),
         Panel(
             "Phases of each pod's start",
-            "bargauge",
+            "table",
             (
                 Query(
-                    f'headrace_pod_cold_start_phase_duration_seconds{{{ONE},phase!="total"}}',
-                    "{{pod}} {{phase}}",
+                    "max by (pod, phase) ("
+                    f"headrace_pod_cold_start_phase_duration_seconds{{{ONE}}})",
                 ),
             ),
             "Pods that are ready now, by the times in their status (resolution one second).",
             "s",
+            width=24,
+            height=6,
+            columns=("phase", "schedule", "prepare", "load", "engine", "total"),
         ),
         Panel(
             "Steps of the load",
-            "bargauge",
+            "table",
             (
                 Query(
-                    f"headrace_loader_step_duration_seconds{{{ONE}}}",
-                    "{{pod}} {{step}}",
-                ),
-                Query(
-                    f"max by (pod, step) (headrace_loader_rank_step_duration_seconds{{{ONE}}})",
-                    "{{pod}} slowest rank: {{step}}",
+                    f"max by (pod, step) (headrace_loader_step_duration_seconds{{{ONE}}}"
+                    f" or headrace_loader_rank_step_duration_seconds{{{ONE}}})",
                 ),
             ),
-            "As the loader measures them.",
+            "As the loader measures them; worker, read and verify are parts of load: the slowest "
+            "rank's.",
             "s",
+            width=24,
+            height=6,
+            columns=("step", "start", "prepare", "load", "worker", "read", "verify"),
         ),
         Panel(
             "Weights read and verified",
             "timeseries",
-            (
-                Query(f"sum by (pod) (headrace_loader_read_bytes_total{{{ONE}}})", "{{pod}} read"),
+            tuple(
                 Query(
-                    f"sum by (pod) (headrace_loader_verified_bytes_total{{{ONE}}})",
-                    "{{pod}} verified",
-                ),
-                Query(f"sum by (pod) (headrace_loader_rank_size_bytes{{{ONE}}})", "{{pod}} size"),
+                    f"sum by (pod) (headrace_loader_{done}_bytes_total{{{ONE}}})"
+                    f" / sum by (pod) (headrace_loader_rank_size_bytes{{{ONE}}})",
+                    f"{{{{pod}}}} {done}",
+                )
+                for done in ("read", "verified")
             ),
-            "A load is done when all three meet.",
-            "bytes",
+            "A load is done when all of its bytes are verified.",
+            "percentunit",
         ),
         Panel(
             "GPU time since the operator's start",
@@ -250,6 +315,7 @@ COLD_START = Board(
             (Query(f"sum by (state) (headrace_gpu_seconds_total{{{ONE}}})", "{{state}}"),),
             "What waiting has cost: idle is held without serving.",
             "s",
+            colors=GPUS,
         ),
     ),
 )
@@ -267,11 +333,12 @@ LOADER = Board(
                     f"sum by (pod) (headrace_loader_read_bytes_per_second{{{ONE}}})",
                     "{{pod}}",
                 ),
-                Query("vector($provisioned * 1024 * 1024 * 1024)", "provisioned"),
+                Query("vector($provisioned * 1024 * 1024 * 1024) > 0", "provisioned", dashed=True),
             ),
             "Bytes over the time of reading, all ranks. The loader computes it: a load is shorter "
             "than two scrapes.",
             "binBps",
+            colors=PROVISIONED,
         ),
         Panel(
             "Rate of each GPU",
@@ -283,12 +350,13 @@ LOADER = Board(
                 ),
                 Query(
                     "vector($provisioned * 1024 * 1024 * 1024) / "
-                    f"max(count by (pod) (headrace_loader_rank_size_bytes{{{ONE}}}))",
+                    f"max(count by (pod) (headrace_loader_rank_size_bytes{{{ONE}}})) > 0",
                     "provisioned, a GPU's share",
                 ),
             ),
             "A rank far below its sisters has a slow path, NIC or NUMA node.",
             "binBps",
+            colors=PROVISIONED,
         ),
         Panel(
             "Bytes arriving, by path",
@@ -301,6 +369,7 @@ LOADER = Board(
             ),
             "Over all pods; loads of less than two scrapes do not show here.",
             "binBps",
+            width=8,
         ),
         Panel(
             "Ranks by path",
@@ -308,39 +377,33 @@ LOADER = Board(
             (
                 Query(
                     f"count by (path, reason) (headrace_loader_path_info{{{ONE}}})",
-                    "{{path}} {{reason}}",
+                    "{{path}}: {{reason}}",
                 ),
-            ),
-            "The reason says why no better path is taken.",
-        ),
-        Panel(
-            "Fallbacks from GPUDirect",
-            "timeseries",
-            (
                 Query(
                     f"sum by (reason) (headrace_loader_direct_path_fallbacks_total{{{ONE}}})",
-                    "{{reason}}",
+                    "fallen back from GPUDirect: {{reason}}",
+                    dashed=True,
                 ),
             ),
-            "Ranks of the present loaders; none where spec.loading.path is Off.",
+            "The reason says why no better path is taken. Fallbacks are those of present loaders; "
+            "none where spec.loading.path is Off.",
+            "none",
+            width=8,
         ),
         Panel(
             "Handovers",
             "timeseries",
             (
+                Query(f"sum(headrace_loader_attached_engines{{{ONE}}})", "attached"),
+                Query(f"sum(headrace_loader_attachments_total{{{ONE}}})", "in all", dashed=True),
                 Query(
-                    f"sum by (pod) (headrace_loader_attached_engines{{{ONE}}})", "{{pod}} attached"
-                ),
-                Query(
-                    f"sum by (pod) (headrace_loader_attachments_total{{{ONE}}})",
-                    "{{pod}} in all",
-                ),
-                Query(
-                    f"sum by (pod, reason) (headrace_loader_refused_connections_total{{{ONE}}})",
-                    "{{pod}} refused {{reason}}",
+                    f"sum by (reason) (headrace_loader_refused_connections_total{{{ONE}}})",
+                    "refused: {{reason}}",
                 ),
             ),
             "Engine workers that hold the weights; more in all than attached: restarted engines.",
+            "none",
+            width=8,
         ),
     ),
     limit=True,

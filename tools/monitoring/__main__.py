@@ -12,23 +12,26 @@ import argparse
 import json
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import imagebuild
 from dashboards.boards import BOARDS
 from demo import setup
 from demo.observe import Model, wait_for
 from demo.once import on_a_cluster
+from demo.pictures import SIZE
 from localkube import Cluster, binaries, prerequisites
 from workspace.errors import ToolError
 from workspace.paths import ROOT
 from workspace.steps import Steps
 
-from . import draw
+from . import pictures
 from .prometheus import SCRAPE_SECONDS, Prometheus, running
 
 if TYPE_CHECKING:
-    from dashboards.boards import Query
+    from dashboards.boards import Panel, Query
+
+    from .prometheus import Result
 
 NAME, CLAIM = "tiny-llama", "models"
 READY_SECONDS = 240.0
@@ -82,7 +85,7 @@ def run(steps: Steps, cluster: Cluster, *, write: bool) -> None:
     with steps.step("a cluster with a real node, operator and model"):
         setup.prepare_node(cluster, archives.values())
         setup.make_volume(cluster, directory / "volume", CLAIM)
-        setup.make_model(directory / "volume" / NAME)
+        setup.make_model(directory / "volume" / NAME, *SIZE)
         setup.install_operator(cluster)
     model = Model(cluster, NAME)
     with running(program, cluster, directory / "prometheus") as prometheus:
@@ -96,7 +99,12 @@ def run(steps: Steps, cluster: Cluster, *, write: bool) -> None:
             time.sleep(SETTLE_SECONDS)
         with steps.step("every alert is evaluated, every query returns data"):
             _check_rules(steps, prometheus)
-            _check_boards(steps, prometheus, begin, write=write)
+            recording = ask_everything(steps, prometheus, begin)
+    pictures.RECORDING.write_text(json.dumps(recording))
+    if write:
+        with steps.step("Grafana's components draw the answers"):
+            for path in pictures.draw(ROOT / "docs"):
+                steps.say(f"docs/{path.name}")
 
 
 def _replicas(model: Model) -> int:
@@ -113,29 +121,27 @@ def _check_rules(steps: Steps, prometheus: Prometheus) -> None:
     steps.say(f"{len(rules)} alerts evaluated, firing: {', '.join(firing) or 'none'}")
 
 
-def _check_boards(steps: Steps, prometheus: Prometheus, begin: float, *, write: bool) -> None:
-    empty, asked = [], 0
-    end = time.time()
-    for name, board in BOARDS.items():
-        answers: dict[str, list[draw.Series]] = {}
+def ask_everything(steps: Steps, prometheus: Prometheus, begin: float) -> dict[str, Any]:
+    """Ask every query as its panel does; return the answers by expression."""
+    answers: dict[str, dict[str, Result]] = {"range": {}, "instant": {}}
+    empty, end = [], time.time()
+    for board in BOARDS.values():
         for panel in board.panels:
-            answers[panel.title] = []
             for query in panel.queries:
-                asked += 1
-                result = prometheus.over(expand(query), begin, end, SCRAPE_SECONDS)
-                found = draw.series(result, query.legend)
-                answers[panel.title] += found
+                found = _ask(prometheus, panel, expand(query), begin, end)
+                answers["instant" if panel.is_instant else "range"][query.expression] = found
                 if not found and not any(metric in query.expression for metric in EMPTY):
                     empty.append(f"{board.title} / {panel.title}: {query.expression}")
-        if write:
-            note = "Drawn from Prometheus' answers to the dashboard's queries, not by Grafana: "
-            note += "two replicas of a tiny model without GPUs, on a test cluster."
-            target = ROOT / "docs" / f"dashboard-{name}.svg"
-            target.write_text(draw.board(board, answers, note))
-            steps.say(f"docs/{target.name}")
     if empty:
         raise ToolError("no data for\n" + "\n".join(empty))
-    steps.say(f"{asked} queries, all with data but those of " + ", ".join(EMPTY))
+    steps.say("every query has data but those of " + ", ".join(EMPTY))
+    return {**answers, "begin": begin, "end": end, "step": SCRAPE_SECONDS}
+
+
+def _ask(prometheus: Prometheus, panel: Panel, expression: str, begin: float, end: float) -> Result:
+    if panel.is_instant:
+        return prometheus.at(expression, end)
+    return prometheus.over(expression, begin, end, SCRAPE_SECONDS)
 
 
 def expand(query: Query) -> str:
@@ -149,10 +155,11 @@ def expand(query: Query) -> str:
 def main() -> int:
     """Run and tear everything down."""
     parser = argparse.ArgumentParser(prog="monitoring", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="draw docs/dashboard-*.svg")
+    parser.add_argument("--write", action="store_true", help="draw docs/dashboard-*.png")
     options = parser.parse_args()
     return on_a_cluster(
-        "monitoring", lambda cluster, _: run(Steps(total=4), cluster, write=options.write)
+        "monitoring",
+        lambda cluster, _: run(Steps(total=4 + options.write), cluster, write=options.write),
     )
 
 

@@ -42,9 +42,9 @@ class Prometheus:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return json.load(answer)["data"]
 
-    def now(self, expression: str) -> Result:
-        """Return the value of an expression now."""
-        result: Result = self.ask("query", query=expression)["result"]
+    def at(self, expression: str, time: float) -> Result:
+        """Return the values of an expression at a time."""
+        result: Result = self.ask("query", query=expression, time=time)["result"]
         return result
 
     def over(self, expression: str, begin: float, end: float, step: float) -> Result:

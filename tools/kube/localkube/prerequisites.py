@@ -6,9 +6,13 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import PrerequisiteError
 from .processes import SEARCH_PATH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # Command -> Debian package.
 COMMANDS = {
@@ -58,11 +62,16 @@ def check_node() -> None:
 
 
 def install_packages() -> list[str]:
-    """Install the missing packages with apt-get and return their names.
+    """Install what a node misses and return the packages' names; raises as `install`."""
+    return install(missing_packages())
+
+
+def install(wanted: Iterable[str]) -> list[str]:
+    """Install Debian packages with apt-get and return their names; nothing is done for none.
 
     Raises PrerequisiteError without root or apt-get, or when apt-get fails.
     """
-    packages = sorted(missing_packages())
+    packages = sorted(wanted)
     if not packages:
         return []
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
@@ -71,8 +80,8 @@ def install_packages() -> list[str]:
             "elsewhere install what provides them"
         )
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", *packages]
-    for command in (["apt-get", "update", "--quiet"], install):
+    get = ["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", *packages]
+    for command in (["apt-get", "update", "--quiet"], get):
         result = subprocess.run(
             command,
             env=environment,
