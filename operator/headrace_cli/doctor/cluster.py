@@ -307,7 +307,7 @@ def _model_state(namespace: str, model: Mapping[str, Any]) -> Finding:
         fix = "see the operator's log; it may watch another namespace"
         return Finding(check, Grade.PROBLEM, "the operator has not looked at it", fix)
     reason = text(ready, "reason")
-    fix = f"docs/reference/conditions.md explains {reason}; headrace status -n {namespace}"
+    fix = f"docs/troubleshooting.md has what to do about {reason}; headrace status -n {namespace}"
     message = f"{reason}: {text(ready, 'message')}"
     return Finding(check, Grade.WARNING, message, fix)
 
