@@ -54,4 +54,5 @@ def _draw(console: Console, findings: Sequence[Finding]) -> None:
             console.print(Text(f"    fix: {finding.fix}", "bold"))
     problems = sum(finding.grade is Grade.PROBLEM for finding in findings)
     warnings = sum(finding.grade is Grade.WARNING for finding in findings)
-    console.print(f"{problems} problems, {warnings} warnings, {len(findings)} checks")
+    counted = ((problems, "problem"), (warnings, "warning"), (len(findings), "check"))
+    console.print(", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counted))
