@@ -49,9 +49,10 @@ def command(node: bool, root: Path, output: str, **target: str | bool | None) ->
 def _draw(console: Console, findings: Sequence[Finding]) -> None:
     for finding in findings:
         sign, style = _SIGNS[finding.grade]
-        console.print(Text.assemble((sign, style), f" {finding.check}: {finding.message}"))
+        line = Text.assemble((sign, style), f" {finding.check}: {finding.message}")
+        console.print(line, soft_wrap=True)
         if finding.fix:
-            console.print(Text(f"    fix: {finding.fix}", "bold"))
+            console.print(Text(f"    fix: {finding.fix}", "bold"), soft_wrap=True)
     problems = sum(finding.grade is Grade.PROBLEM for finding in findings)
     warnings = sum(finding.grade is Grade.WARNING for finding in findings)
     counted = ((problems, "problem"), (warnings, "warning"), (len(findings), "check"))

@@ -223,6 +223,8 @@ def test_notes_say_the_next_step_and_what_is_missing(helm):
     assert "It is not there yet" in notes("--set", "crds.install=false")
     assert "DELETES" in notes("--set", "crds.keep=false")
     assert "1 namespace(s): team" in notes("--set", "watchNamespaces={team}")
+    assert plain.count("names no registry") == len(("operator", "loader"))
+    assert "names no registry" not in notes("--set", "global.imageRegistry=mirror.test")
 
 
 def test_every_rule_belongs_to_the_operators_account(render):
