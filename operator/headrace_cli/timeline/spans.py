@@ -72,8 +72,8 @@ def shard_spans(pods: Iterable[Mapping[str, Any]], created: float) -> list[Span]
         begin, end = _time(text(ended, "startedAt")), _time(text(ended, "finishedAt"))
         if begin is not None and end is not None and at(ended, "exitCode") == 0:
             spans.append(Span("sharding", "shard", begin, end, name_of(pod)))
-    ended = max((span.end for span in spans), default=created)
-    return spans if created - ended <= _ROLLS_WITHIN_SECONDS else []
+    last = max((span.end for span in spans), default=created)
+    return spans if created - last <= _ROLLS_WITHIN_SECONDS else []
 
 
 def created_at(pod: Mapping[str, Any]) -> float:
