@@ -158,3 +158,20 @@ def test_commands_of_headrace_parse() -> None:
             command.make_context(name, arguments)
         except click.UsageError as error:
             pytest.fail(f"{page}: headrace {line}: {error.format_message()}")
+
+
+def test_the_operators_rights_are_those_of_the_chart() -> None:
+    verbs = "get|list|watch|create|update|patch|delete"
+    table: dict[str, set[str]] = {}
+    for row in (ROOT / "docs/security.md").read_text().splitlines():
+        if found := re.match(
+            rf"\| ((?:`[a-z/]+`(?:, )?)+)(?:cluster-wide)? \| ((?:{verbs}).*?) \|", row
+        ):
+            for resource in re.findall(r"`([a-z/]+)`", found[1]):
+                table.setdefault(resource, set()).update(re.findall(rf"\b(?:{verbs})\b", found[2]))
+    chart: dict[str, set[str]] = {}
+    rules = (ROOT / "charts/headrace/templates/rbac.yaml").read_text()
+    for resources, used in re.findall(r"resources: \[(.+)\]\n\s+verbs: \[(.+)\]", rules):
+        for resource in resources.split(", "):
+            chart.setdefault(resource, set()).update(used.split(", "))
+    assert table == chart
