@@ -175,3 +175,12 @@ def test_the_operators_rights_are_those_of_the_chart() -> None:
         for resource in resources.split(", "):
             chart.setdefault(resource, set()).update(used.split(", "))
     assert table == chart
+
+
+def test_the_example_has_the_claim_that_it_names() -> None:
+    volume, claim = yaml.safe_load_all((ROOT / "examples/models-volume.yaml").read_text())
+    model = yaml.safe_load((ROOT / "examples/tiny-llama.yaml").read_text())["spec"]
+    name = model["volume"]["existingClaim"]["name"]
+    assert claim["metadata"]["name"] == volume["spec"]["claimRef"]["name"] == name
+    assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
+    assert model["model"]["source"].startswith(f"pvc://{name}/")

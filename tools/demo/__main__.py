@@ -70,6 +70,7 @@ class Demo:
     def _build(self) -> dict[str, Path]:
         with self._steps.step("Kubernetes from pinned Go modules (10 minutes when first built)"):
             prerequisites.install_packages()
+            prerequisites.check_node()
             binaries.ensure([*binaries.CONTROL_PLANE, *binaries.NODE, "helm"])
         with self._steps.step("container images (5 minutes when first built)"):
             return imagebuild.ensure(report=self._steps.say)
