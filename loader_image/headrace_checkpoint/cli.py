@@ -67,6 +67,8 @@ def _shard(options: argparse.Namespace) -> int:
             result = shard(request)
     except CheckpointError as error:
         return _failed(error.reason, str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        return _package_missing(error)
     except Exception as error:  # noqa: BLE001 - the last resort still has to report
         log("defect", "error", trace=traceback.format_exc())
         return _failed("InternalError", f"{type(error).__name__}: {error}", os.EX_SOFTWARE)
@@ -84,6 +86,11 @@ def _failed(reason: str, message: str, exit_code: int) -> int:
     return exit_code
 
 
+def _package_missing(error: ModuleNotFoundError) -> int:
+    message = f"{error.name} is missing; install headrace-loader[loader,sources]"
+    return _failed("InternalError", message, os.EX_UNAVAILABLE)
+
+
 def _verify(options: argparse.Namespace) -> int:
     try:
         with _interruptible():
@@ -96,6 +103,8 @@ def _verify(options: argparse.Namespace) -> int:
     except CheckpointError as error:
         log("failed", "error", reason=error.reason, message=str(error))
         return error.exit_code
+    except ModuleNotFoundError as error:
+        return _package_missing(error)
     log("verified", directory=str(options.directory), totalBytes=manifest.total_bytes)
     return 0
 

@@ -16,9 +16,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """Exits with EX_USAGE; argparse's own 2 says nothing to whoever reads exit codes."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and what is wrong with it, and exit."""
-        self.print_usage(sys.stderr)
-        self.exit(os.EX_USAGE, f"{self.prog}: {message}\n")
+        """Print what is wrong in one sentence, and exit."""
+        self.exit(os.EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def add_form(parser: argparse.ArgumentParser, *names: str) -> None:

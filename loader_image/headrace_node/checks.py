@@ -37,8 +37,8 @@ def _system(facts: Facts) -> Iterator[Check]:
     if facts.is_supported:
         yield Check("system", OK, f"Amazon Linux 2023, kernel {facts.kernel}")
     else:
-        fix = "use EKS's accelerated AL2023 AMI"
-        yield Check("system", PROBLEM, facts.unsupported_reason, fix)
+        message, _, fix = facts.unsupported_reason.partition("; ")
+        yield Check("system", PROBLEM, message, fix)
     if facts.iommu:
         fix = "boot with iommu=off; NVIDIA advises it for GPUDirect on x86"
         yield Check("IOMMU", WARNING, "is on: transfers between NIC and GPU are translated", fix)

@@ -46,6 +46,9 @@ def _run(name: str, arguments: Sequence[str] | None) -> int:
             complete_var="_HEADRACE_COMPLETE",
             standalone_mode=False,
         )
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return os.EX_USAGE
     except click.UsageError as error:
         context = error.ctx
         hint = f"; see {context.command_path} --help" if context is not None else ""

@@ -49,9 +49,11 @@ def command(node: bool, root: Path, output: str, **target: str | bool | None) ->
 def _draw(console: Console, findings: Sequence[Finding]) -> None:
     for finding in findings:
         sign, style = _SIGNS[finding.grade]
-        console.print(Text.assemble((sign, style), f" {finding.check}: {finding.message}"))
+        line = Text.assemble((sign, style), f" {finding.check}: {finding.message}")
+        console.print(line, soft_wrap=True)
         if finding.fix:
-            console.print(Text(f"    fix: {finding.fix}", "bold"))
+            console.print(Text(f"    fix: {finding.fix}", "bold"), soft_wrap=True)
     problems = sum(finding.grade is Grade.PROBLEM for finding in findings)
     warnings = sum(finding.grade is Grade.WARNING for finding in findings)
-    console.print(f"{problems} problems, {warnings} warnings, {len(findings)} checks")
+    counted = ((problems, "problem"), (warnings, "warning"), (len(findings), "check"))
+    console.print(", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counted))

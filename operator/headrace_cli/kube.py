@@ -192,6 +192,8 @@ class Kube:
 
     def _unreachable(self, error: Exception) -> str:
         why = str(error) or type(error).__name__
+        if isinstance(error, aiohttp.InvalidURL):  # whose text is the URL alone
+            why = "that is no URL"
         server = self._client.configuration.host
         return (
             f"the cluster at {server} cannot be reached: {why}; check the context and the network"

@@ -137,6 +137,8 @@ def predict(inputs: Inputs) -> dict[str, Any]:
 
 def _inputs(options: Mapping[str, Any]) -> Inputs:
     name, total_bytes = _model(options)
+    if not total_bytes:
+        raise InputInvalid(f"{name}: has no weights; give a model's config.json, or its size")
     capacity, tier, efa = options["capacity_gib"], int(options["tier"]), options["efa"]
     fault = capacity_fault(capacity, tier, efa=efa)
     if fault is not None:

@@ -50,16 +50,20 @@ def command(
 
 
 async def _watch(kube: Kube, names: tuple[str, ...], interval: float, output: str) -> None:
-    """Draw again and again; in JSON print a line for each change."""
-    if output == JSON:
+    """Draw again and again; in JSON, or where there is no terminal, print each change."""
+    documents, screen = _documents(kube, names, interval), console()
+    if output == JSON or not screen.is_terminal:
         last = None
-        async for document in _documents(kube, names, interval):
+        async for document in documents:
             if document != last:
-                click.echo(json.dumps(document))
+                if output == JSON:
+                    click.echo(json.dumps(document))
+                else:
+                    screen.print(render(document))
             last = document
         return
-    with Live(console=console(), auto_refresh=False) as live:
-        async for document in _documents(kube, names, interval):
+    with Live(console=screen, auto_refresh=False) as live:
+        async for document in documents:
             live.update(render(document), refresh=True)
 
 
@@ -128,10 +132,18 @@ def _pod(pod: Object) -> list[RenderableType]:
     return [line, _bars(loader)]
 
 
+def _grid(columns: int) -> Table:
+    """Return a table in which only the bar, the second column, gives way on a narrow terminal."""
+    table = Table.grid(padding=(0, 1))
+    for number in range(columns):
+        table.add_column(no_wrap=number != 1)
+    return table
+
+
 def _shard_bar(sharding: Object) -> RenderableType:
     total, done = sharding["totalBytes"], sharding["bytes"] or 0
     rate = sharding["mibPerSecond"]
-    table = Table.grid(padding=(0, 1))
+    table = _grid(5)
     table.add_row(
         "       shards",
         ProgressBar(total=total, completed=done, width=_BAR_WIDTH),
@@ -143,7 +155,7 @@ def _shard_bar(sharding: Object) -> RenderableType:
 
 
 def _bars(loader: Object) -> RenderableType:
-    table = Table.grid(padding=(0, 1))
+    table = _grid(7)
     for rank in loader.get("ranks") or ():
         total, read = rank.get("totalBytes") or 0, rank.get("readBytes") or 0
         rate = rank.get("bytesPerSecond")
@@ -153,7 +165,8 @@ def _bars(loader: Object) -> RenderableType:
             f"{100 * read / total if total else 0:3.0f} %",
             f"{bytes_text(read)} of {bytes_text(total)}",
             "" if rate is None else f"{bytes_text(rate)}/s",
-            Text(f"{rank.get('path') or ''} {rank.get('device') or ''}".strip(), "dim"),
+            # Of a GPU's UUID the beginning is enough, and leaves room.
+            Text(f"{rank.get('path') or ''} {(rank.get('device') or '')[:12]}".strip(), "dim"),
             Text("resident", "green") if rank.get("resident") else "",
         )
     return table

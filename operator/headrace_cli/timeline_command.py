@@ -15,6 +15,7 @@ from headrace_cli.status import model_deployments
 from headrace_cli.timeline import draw
 from headrace_cli.timeline.spans import (
     Span,
+    created_at,
     engine_spans,
     pod_spans,
     shard_spans,
@@ -76,10 +77,8 @@ async def collect(
     pods = await kube.list(POD, kube.namespace, f"{OWNER_LABEL}={model}")
     pod = _chosen(pods, model, pod_name)
     missing: list[str] = []
-    spans = [
-        *shard_spans(p for p in pods if text(p, "metadata", "labels", COMPONENT_LABEL) == SHARD),
-        *pod_spans(pod),
-    ]
+    sharding = [p for p in pods if text(p, "metadata", "labels", COMPONENT_LABEL) == SHARD]
+    spans = [*shard_spans(sharding, created_at(pod)), *pod_spans(pod)]
     try:
         spans += trace_spans(await ask_loader(kube, pod, "/v1/trace"))
     except CommandFailed as error:

@@ -2,7 +2,7 @@
 
 A serving pod holds its GPUs from its binding to a node to its end. They serve while the pod is
 Ready and are idle before, between and after: pulling, loading, compiling, crashing. Seconds
-are added up at every reconciliation, at least every 30 s.
+are added up at every reconciliation, at least at every resync.
 """
 
 from collections.abc import Iterable, Mapping

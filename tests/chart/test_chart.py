@@ -223,6 +223,8 @@ def test_notes_say_the_next_step_and_what_is_missing(helm):
     assert "It is not there yet" in notes("--set", "crds.install=false")
     assert "DELETES" in notes("--set", "crds.keep=false")
     assert "1 namespace(s): team" in notes("--set", "watchNamespaces={team}")
+    assert plain.count("names no registry") == len(("operator", "loader"))
+    assert "names no registry" not in notes("--set", "global.imageRegistry=mirror.test")
 
 
 def test_every_rule_belongs_to_the_operators_account(render):
@@ -367,8 +369,20 @@ def test_a_model_is_scaled_by_keda_which_owns_the_replicas(render):
     assert "replicas" not in model["spec"]
     target = objects["ScaledObject", "tiny"]["spec"]["scaleTargetRef"]
     assert target == {k: model[k] for k in ("apiVersion", "kind")} | {"name": "tiny"}
+    # Nothing that the operator makes by the same name, such as a PodDisruptionBudget.
+    assert {kind for kind, _ in objects} == {
+        "ModelDeployment",
+        "NetworkPolicy",
+        "Pod",
+        "ScaledObject",
+    }
     without = render(*TINY, *sets("spec.replicas=3", "keda.enabled=false"), chart=MODEL)
     assert without["ModelDeployment", "headrace"]["spec"]["replicas"] == 3
+
+
+def test_the_test_of_a_model_is_pulled_with_the_models_secrets(render):
+    pods = render(*TINY, "--set", "spec.pod.imagePullSecrets[0].name=mine", chart=MODEL)
+    assert pods["Pod", "headrace-test"]["spec"]["imagePullSecrets"] == [{"name": "mine"}]
 
 
 @pytest.mark.parametrize(

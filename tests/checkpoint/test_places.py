@@ -3,9 +3,11 @@
 import hashlib
 import http.server
 import json
+import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
+from headrace_checkpoint import cli
 from headrace_checkpoint.errors import SourceForbidden, SourceNotFound, StorageError
 from headrace_checkpoint.places import find_place, s3
 from headrace_checkpoint.sharder import ShardRequest, shard
@@ -262,3 +265,21 @@ def test_a_mocked_hub_that_ignores_ranges_is_noticed(mocked_hub):
 def test_another_scheme_is_refused():
     with pytest.raises(SourceNotFound, match="gs is no known scheme; give s3://"):
         find_place("gs://bucket/model", "main")
+
+
+@pytest.mark.parametrize("command", ["shard", "verify"])
+def test_without_the_extra_packages_it_says_what_to_install(
+    command, model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delitem(sys.modules, "headrace_checkpoint.places.hub", raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    output, source = str(tmp_path / "checkpoint"), f"hf://{REPOSITORY}"
+    if command == "verify":
+        assert cli.main(["shard", "--source", str(model), "--output", output]) == 0
+        arguments = ["verify", output, "--source", source]
+    else:
+        arguments = ["shard", "--source", source, "--output", output]
+    assert cli.main(arguments) == os.EX_UNAVAILABLE
+    said = capsys.readouterr().out
+    assert "install headrace-loader[loader,sources]" in said
+    assert "Traceback" not in said

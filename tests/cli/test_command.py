@@ -20,6 +20,12 @@ def test_help_names_every_command(headrace):
     assert all(f"  {name} " in ran.out for name in COMMANDS)
 
 
+def test_without_a_command_it_shows_its_help(headrace):
+    ran = headrace()
+    assert (ran.code, ran.out) == (os.EX_USAGE, "")
+    assert "\n  status " in ran.err
+
+
 @pytest.mark.parametrize("name", ["status", "plan", "timeline", "doctor"])
 def test_every_own_command_has_help_and_json(headrace, name):
     ran = headrace(name, "--help")

@@ -179,6 +179,7 @@ def test_capacities_with_efa_are_multiples_of_the_tiers_step(tier):
         ([], os.EX_USAGE, "one of --model"),
         (["--model=gpt"], os.EX_NOINPUT, "is not known"),
         (["--config=/nowhere/config.json"], os.EX_NOINPUT, "No such file"),
+        (["--model-gb=1e-12"], os.EX_DATAERR, "has no weights"),
     ],
 )
 def test_nonsense_is_one_sentence_and_an_exit_code(headrace, options, code, words):
@@ -197,6 +198,7 @@ def test_nonsense_is_one_sentence_and_an_exit_code(headrace, options, code, word
         ("{}", "hidden_size"),
         (json.dumps(LLAMA_405B | {"hidden_size": "big"}), "hidden_size"),
         (json.dumps(LLAMA_405B | {"num_attention_heads": 0}), "num_attention_heads"),
+        (json.dumps(LLAMA_405B | {"hidden_size": 0}), "has no weights"),
         (json.dumps(LLAMA_405B | {"torch_dtype": ["x"]}), "torch_dtype"),
         (json.dumps(LLAMA_405B | {"quantization_config": {"quant_method": "odd"}}), "quant_method"),
     ],

@@ -3,6 +3,7 @@
 import io
 import json
 import xml.etree.ElementTree as ET
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,9 @@ bytes=1024 seconds=0.025 mapping_seconds=0.0100
 2026-01-02T03:04:55Z INFO:     Application startup complete.
 no time here
 """
+
+
+ROLLED = datetime(2026, 1, 2, 3, 3, 2, tzinfo=UTC).timestamp()
 
 
 def condition(kind, second=None):
@@ -100,7 +104,14 @@ def test_shard_pods_that_failed_are_left_out():
         {"status": {"containerStatuses": [{"name": "shard", "state": {"terminated": state}}]}}
         for state in (ended | {"exitCode": 0}, ended | {"exitCode": 75}, {})
     ]
-    assert [span.seconds for span in shard_spans(pods)] == [180]
+    assert [span.seconds for span in shard_spans(pods, ROLLED)] == [180]
+
+
+def test_a_pod_that_came_long_after_the_sharding_did_not_wait_for_it():
+    ended = {"startedAt": "2026-01-02T03:00:00Z", "finishedAt": "2026-01-02T03:03:00Z"}
+    state = {"terminated": ended | {"exitCode": 0}}
+    pod = {"status": {"containerStatuses": [{"name": "shard", "state": state}]}}
+    assert shard_spans([pod], ROLLED + 3600) == []
 
 
 @pytest.mark.parametrize("trace", [{}, {"traceEvents": 7}, {"traceEvents": [{"ph": "X"}, 3]}])

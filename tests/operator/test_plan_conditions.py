@@ -219,6 +219,19 @@ def test_progress_of_the_shard_job(
     expect(build.conditions(resource, observed)["CheckpointReady"], status, reason)
 
 
+def test_of_several_pods_the_one_that_published_tells(build: SimpleNamespace) -> None:
+    resource = build.resource()
+    pods = tuple(
+        build.job_pod(build.container("shard", terminated=own(reason, "", 0)), phase="Succeeded")
+        for reason in ("PartsWritten", "AlreadyPublished", "Published")
+    )
+    expect(
+        build.conditions(resource, build.world(resource, pods=pods))["CheckpointReady"],
+        "True",
+        "Published",
+    )
+
+
 def test_a_published_checkpoint_has_its_size_and_keeps_it(build: SimpleNamespace) -> None:
     resource = build.resource()
     done = own("AlreadyPublished", "it is there", 0, totalBytes=123)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,9 @@ def main() -> int:
     end.add_argument("--keep", action="store_true", help="leave the cluster up at the end")
     end.add_argument("--down", action="store_true", help="tear down a cluster that was kept")
     options = parser.parse_args()
+    if os.geteuid() != 0:
+        print("failed: root is missing; a real kubelet needs it: sudo make demo", file=sys.stderr)
+        return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster = Cluster(ROOT / ".cache" / "demo")
     demo = Demo(cluster, ROOT / ".cache" / "demo-volume")

@@ -17,7 +17,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(IMAGES)}")
     names = parser.parse_args().names or list(IMAGES)
     try:
-        for archive in ensure(names).values():
+        # Standard output has the archives alone, for $(make images).
+        for archive in ensure(names, report=lambda line: print(line, file=sys.stderr)).values():
             print(archive)
     except ToolError as error:
         print(error, file=sys.stderr)

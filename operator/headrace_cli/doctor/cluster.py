@@ -16,9 +16,11 @@ from headrace_operator.cluster.kinds import (
     DEPLOYMENT,
     MODEL_DEPLOYMENT,
     NODE,
+    POD,
     VOLUME,
     Kind,
 )
+from headrace_operator.plan.failures import most_telling
 from headrace_operator.plan.fsx import DRIVER
 from headrace_operator.plan.objects import (
     condition_of,
@@ -115,21 +117,25 @@ async def _operator(kube: Kube) -> list[Finding]:
     if not found:
         helm = "helm install headrace charts/headrace -n headrace-system --create-namespace"
         return [Finding("operator", Grade.PROBLEM, "there is no operator", helm)]
-    return [_operator_state(deployment) for deployment in found]
+    return [await _operator_state(kube, deployment) for deployment in found]
 
 
-def _operator_state(deployment: Mapping[str, Any]) -> Finding:
+async def _operator_state(kube: Kube, deployment: Mapping[str, Any]) -> Finding:
     where = f"{text(deployment, 'metadata', 'namespace')}/{name_of(deployment)}"
     if integer(deployment, "status", "readyReplicas") > 0:
         return Finding("operator", Grade.OK, f"{where} is ready")
     namespace, name = where.split("/")
+    try:
+        failure = most_telling(await kube.list(POD, namespace, _OPERATOR), {})
+    except NoPermission:
+        failure = None
+    condition = text(condition_of(deployment, "Available"), "message")
+    why = condition if failure is None else f"{failure.reason}: {failure.message}"
     return Finding(
         "operator",
         Grade.PROBLEM,
-        f"{where} is not ready: {text(condition_of(deployment, 'Available'), 'message')}".rstrip(
-            ": "
-        ),
-        f"kubectl logs -n {namespace} deployment/{name}; kubectl describe pods -n {namespace}",
+        f"{where} is not ready: {why}".rstrip(": "),
+        f"kubectl describe pods -n {namespace}; kubectl logs -n {namespace} deployment/{name}",
     )
 
 
@@ -307,7 +313,7 @@ def _model_state(namespace: str, model: Mapping[str, Any]) -> Finding:
         fix = "see the operator's log; it may watch another namespace"
         return Finding(check, Grade.PROBLEM, "the operator has not looked at it", fix)
     reason = text(ready, "reason")
-    fix = f"docs/reference/conditions.md explains {reason}; headrace status -n {namespace}"
+    fix = f"docs/troubleshooting.md has what to do about {reason}; headrace status -n {namespace}"
     message = f"{reason}: {text(ready, 'message')}"
     return Finding(check, Grade.WARNING, message, fix)
 

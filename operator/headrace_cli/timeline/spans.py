@@ -22,6 +22,8 @@ from headrace_operator.plan.objects import (
 from headrace_operator.plan.serving_pod import ENGINE, LOADER
 
 _MICROSECONDS = 1e6
+# After the last shard is written, the operator makes the pods in far less.
+_ROLLS_WITHIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,24 @@ def pod_spans(pod: Mapping[str, Any]) -> list[Span]:
     return spans
 
 
-def shard_spans(pods: Iterable[Mapping[str, Any]]) -> list[Span]:
-    """Return the run of every shard pod that ended well."""
+def shard_spans(pods: Iterable[Mapping[str, Any]], created: float) -> list[Span]:
+    """Return the runs of shard pods that ended well, if a pod `created` then waited for them.
+
+    One that came long after found the checkpoint there: nothing of its cold start is sharding.
+    """
     spans = []
     for pod in pods:
         ended = _terminated(pod)
         begin, end = _time(text(ended, "startedAt")), _time(text(ended, "finishedAt"))
         if begin is not None and end is not None and at(ended, "exitCode") == 0:
             spans.append(Span("sharding", "shard", begin, end, name_of(pod)))
-    return spans
+    last = max((span.end for span in spans), default=created)
+    return spans if created - last <= _ROLLS_WITHIN_SECONDS else []
+
+
+def created_at(pod: Mapping[str, Any]) -> float:
+    """Return when a pod was made."""
+    return _time(text(pod, "metadata", "creationTimestamp")) or 0.0
 
 
 def trace_spans(trace: Mapping[str, Any]) -> list[Span]:

@@ -276,15 +276,16 @@ def _controller_label(pod: Object) -> str:
 
 
 def _publication(pods: list[Object]) -> Termination | None:
-    """Return how the pod ended that published; the others only wrote parts."""
-    for pod in pods:
-        for status in items(pod, "status", "containerStatuses"):
-            state = mapping(status, "state", "terminated")
-            done = termination_of(state)
-            succeeded = text(status, "name") == SHARD and integer(state, "exitCode") == 0
-            if succeeded and done and done.reason != "PartsWritten":
-                return done
-    return None
+    """Return how the pod ended that published, or else one that found the checkpoint there."""
+    states = [
+        mapping(status, "state", "terminated")
+        for pod in pods
+        for status in items(pod, "status", "containerStatuses")
+        if text(status, "name") == SHARD
+    ]
+    ended = [termination_of(state) for state in states if integer(state, "exitCode") == 0]
+    done = [end for end in ended if end is not None and end.reason != "PartsWritten"]
+    return min(done, key=lambda end: end.reason != "Published", default=None)
 
 
 def _known_total(owner: Object, spec: ModelDeploymentSpec) -> int | None:

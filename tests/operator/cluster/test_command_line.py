@@ -266,7 +266,7 @@ def test_doctor_finds_what_is_missing_and_says_the_fix(
     assert all(f["fix"] for f in found.values() if f["grade"] in ("problem", "warning"))
 
 
-def test_doctor_finds_an_operator_that_is_ready(
+def test_doctor_says_why_an_operator_is_not_ready_and_when_it_is(
     world: Any, kube: Any, kubelet: Any, headrace: Callable[..., Ran], eventually: Any
 ) -> None:
     labels = {"app.kubernetes.io/name": "headrace-operator"}
@@ -278,6 +278,11 @@ def test_doctor_finds_an_operator_that_is_ready(
     name = {"name": "headrace", "namespace": world.namespace, "labels": labels}
     kube.create(DEPLOYMENT, {"metadata": name, "spec": spec})
     (pod,) = eventually(lambda: kube.list(POD, world.namespace), "the operator's pod")
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    status = {"name": "operator", "image": "x", "imageID": "", "ready": False, "restartCount": 0}
+    kubelet.write(pod, {"phase": "Pending", "containerStatuses": [status | {"state": waiting}]})
+    ran = headrace("doctor", "-n", world.namespace)
+    assert "is not ready: ImagePullBackOff: pod headrace" in ran.out
     ready = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     kubelet.write(pod, {"phase": "Running", "conditions": [ready]})
 
