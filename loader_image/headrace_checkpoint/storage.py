@@ -216,6 +216,12 @@ def write_at(fd: int, path: Path, offset: int, data: bytes | memoryview) -> None
         offset += count
 
 
+def close(fd: int, path: Path) -> None:
+    """Close what was written: on a network file system this, too, can say that it did not fit."""
+    with writing(path):
+        os.close(fd)
+
+
 def sync(fd: int, path: Path) -> None:
     """Make a file or directory durable."""
     with writing(path):
@@ -249,7 +255,7 @@ def write_file(path: Path, content: bytes) -> None:
         write_at(fd, path, 0, content)
         sync(fd, path)
     finally:
-        os.close(fd)
+        close(fd, path)
 
 
 def file_system_type(path: Path) -> int:

@@ -220,8 +220,10 @@ def _tensors(node: "_Node", data_bytes: int) -> tuple[Tensor, ...]:
 
 
 def _rows(values: list[Any]) -> list[tuple[Any, ...]]:
-    """Return name, dtype, shape, offset and bytes of each; nothing where one is missing."""
+    """Return name, dtype, shape, offset and bytes of each; nothing where one is no tensor's."""
     try:
+        if {type(value["shape"]) for value in values} != {list}:
+            return []
         return [
             (name, dtype, tuple(shape), offset, nbytes)
             for name, dtype, shape, offset, nbytes in map(_FIELDS, values)

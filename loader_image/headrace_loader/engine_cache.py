@@ -94,8 +94,8 @@ class EngineCache:
             files = self._unpack()
         except FileNotFoundError:
             self._say(EngineCachePhase.MISSING, f"{self._file}: nothing compiled yet")
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
-            self._say(EngineCachePhase.FAILED, f"{self._file}: {error}")
+        except Exception as error:  # noqa: BLE001 - zipfile lets through what zlib and lzma raise
+            self._say(EngineCachePhase.FAILED, f"{self._file}: {type(error).__name__}: {error}")
         else:
             self._restored = files
             self._say(EngineCachePhase.RESTORED, str(self._file), files)
@@ -188,11 +188,12 @@ def _field(path: Path, name: str) -> str:
 
 def _answers(url: str) -> bool:
     import urllib.request  # here, where the weights are loaded: it would delay them
+    from http.client import HTTPException
 
     try:
         with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS):  # noqa: S310 - the pod's own
             return True
-    except OSError:  # URLError is one
+    except (OSError, HTTPException):  # URLError is an OSError
         return False
 
 

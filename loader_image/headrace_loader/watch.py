@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -113,11 +114,11 @@ def summary(status: Status) -> str:
 
 def fetch(url: str) -> Status:
     """Return the status document of a loader. Raises OSError, also for an answer that is none."""
-    with urllib.request.urlopen(f"{url}/v1/status", timeout=_REQUEST_SECONDS) as response:  # noqa: S310 - http alone, see _url
-        try:
+    try:
+        with urllib.request.urlopen(f"{url}/v1/status", timeout=_REQUEST_SECONDS) as response:  # noqa: S310 - http alone, see _url
             status = json.loads(response.read(_MAX_BYTES))
-        except ValueError:
-            status = None
+    except (ValueError, HTTPException):
+        status = None
     if not isinstance(status, dict) or "ranks" not in status:
         raise OSError("the answer is no loader's status")
     return status

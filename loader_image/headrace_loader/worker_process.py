@@ -13,7 +13,14 @@ from headrace_handover.channel import Channel
 from headrace_handover.errors import HandoverError
 from headrace_loader.backends import PartSource, PathPolicy
 from headrace_loader.errors import InternalError
-from headrace_loader.worker_protocol import MAX_LINE_BYTES, Filled, Message, decode, encode_plan
+from headrace_loader.worker_protocol import (
+    MAX_LINE_BYTES,
+    Failed,
+    Filled,
+    Message,
+    decode,
+    encode_plan,
+)
 
 _END_SECONDS = 10.0
 
@@ -96,7 +103,8 @@ class WorkerProcess:
         try:
             self._receive_all()
         except (HandoverError, InternalError) as error:
-            sys.stderr.write(f"worker of rank {self.rank}: {error}\n")
+            text = f"rank {self.rank}: what the worker sent cannot be used: {error}"
+            self._news(WorkerEvent(self.rank, Failed(InternalError.__name__, text)))
             self._process.kill()
         finally:
             self._channel.close()

@@ -30,7 +30,8 @@ from headrace_checkpoint.layouts.rules import (
     Split,
     Tensor,
 )
-from headrace_checkpoint.planner import SourceTensor, plan
+from headrace_checkpoint.plan import SourceTensor
+from headrace_checkpoint.planner import plan
 
 from .architectures import CASES, FORMATS, SPLITS
 from .quantized_models import CONFIGS

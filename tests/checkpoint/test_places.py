@@ -162,6 +162,7 @@ class MockedHub(http.server.ThreadingHTTPServer):
         self.directory = directory
         self.status = 200
         self.honours_ranges = True
+        self.redirects = False
         self.ranges = []
 
 
@@ -172,6 +173,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.send_error(hub.status)
         elif self.path.startswith(f"/api/models/{REPOSITORY}/revision/v1"):
             self.answer(200, json.dumps(self.description()).encode())
+        elif self.path.startswith("/signed"):
+            self.send_error(400)
+        elif hub.redirects:
+            self.send_response(302)
+            self.send_header("Location", f"/signed/file?X-Amz-Signature={SECRET}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif match := re.fullmatch(f"/{REPOSITORY}/resolve/{COMMIT}/(.+)", self.path):
             self.file(hub.directory / match[1])
         else:
@@ -250,6 +258,14 @@ def test_refusals_of_a_mocked_hub_are_told(mocked_hub, status, error):
     mocked_hub.status = status
     with pytest.raises(error, match=r"headrace/tiny@v1/config.json: "):
         file.read_at(0, 2)
+
+
+def test_the_signature_of_an_address_of_a_mocked_hub_is_not_told(mocked_hub, capfd):
+    file = find_place(f"hf://{REPOSITORY}", "v1").open("config.json")
+    mocked_hub.redirects = True
+    with pytest.raises(StorageError, match=r"config.json: .*/signed/file\?\.\.\.") as raised:
+        file.read_at(0, 2)
+    assert SECRET not in str(raised.value) + "".join(capfd.readouterr())
 
 
 def test_a_mocked_hub_that_ignores_ranges_is_noticed(mocked_hub):

@@ -43,6 +43,7 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (tmp_path / name).touch()
         monkeypatch.setattr(gds, name, tmp_path / name)
     monkeypatch.delenv("CUFILE_LOGFILE_PATH", raising=False)
+    monkeypatch.setenv("CUFILE_ALLOW_COMPAT_MODE", "true")
     return tmp_path
 
 
@@ -81,6 +82,7 @@ def test_cufile_writes_no_log_into_the_working_directory(node: Path, kvikio: Fak
     assert gds.probe(wanted=True).available
     assert os.environ["CUFILE_LOGFILE_PATH"] == "/dev/null"
     assert kvikio.settings["compat_mode"] == "off"  # never through host memory in silence
+    assert os.environ["CUFILE_ALLOW_COMPAT_MODE"] == "false"  # nor in cuFile's, which is another
 
 
 def test_cufile_has_the_last_word(node: Path, kvikio: FakeKvikio) -> None:

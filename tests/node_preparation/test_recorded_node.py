@@ -72,6 +72,40 @@ def test_reverting_brings_back_what_was_there(recorded_node):
     assert [net for net, _ in node.state["nets"]] == ["tcp"]
 
 
+def test_reverting_brings_back_every_byte_and_the_mode(recorded_node):
+    node = recorded_node()
+    path = node.root / "etc/cufile.json"
+    path.write_bytes(b'{"mine": "\xff"}\r\n')
+    path.chmod(0o600)
+    apply(node.host(), STEPS)
+    assert path.stat().st_mode & 0o777 == 0o644
+    revert(node.host(), STEPS)
+    assert path.read_bytes() == b'{"mine": "\xff"}\r\n'
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_left_of_a_unit_is_taken_back_and_what_others_wrote_is_not(recorded_node):
+    node = recorded_node()
+    apply(node.host(), STEPS)
+    unit_file = node.root / unit.UNIT_PATH.lstrip("/")
+    unit_file.unlink()
+    assert outcomes(revert(node.host(), STEPS))["unit"] == "changed"
+    assert not any("headrace" in name for name in node.files())
+    assert not node.calls("systemctl disable")
+    node.put(unit.UNIT_PATH.lstrip("/"), "[Unit]\n")
+    assert outcomes(revert(node.host(), STEPS))["unit"] == "done"
+    assert unit_file.read_text() == "[Unit]\n"
+
+
+def test_gdscheck_is_found_behind_an_absolute_link(recorded_node):
+    """/usr/local/cuda is one, which seen from a container leads to the container's own files."""
+    node = recorded_node()
+    apply(node.host(), STEPS)
+    shutil.rmtree(node.root / "usr/local/cuda")
+    (node.root / "usr/local/cuda").symlink_to("/etc/alternatives/cuda")
+    assert labels(gather(node.host()))["headrace.dev/gds"] == "verified"
+
+
 def test_the_network_of_a_mounted_file_system_is_not_taken_away(recorded_node):
     node = recorded_node()
     apply(node.host(), STEPS)

@@ -3,6 +3,7 @@
 HF_TOKEN and HF_ENDPOINT count as they do for the Hub's own tools.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,7 @@ from headrace_checkpoint.places import RemoteFile
 _REQUEST_SECONDS = 60.0
 _RETRIES = 5
 _FORBIDDEN = (401, 403)
+_QUERY = re.compile(r"\?[^\s'\")]+")
 
 
 class Repository:
@@ -110,4 +112,5 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Return it without the queries of addresses: signed ones are as good as a password."""
+    return _QUERY.sub("?...", str(error).strip().partition("\n")[0])

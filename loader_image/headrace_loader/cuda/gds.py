@@ -50,6 +50,8 @@ def probe(wanted: bool) -> Probe:
 
 def _probe_library() -> Probe:
     os.environ.setdefault("CUFILE_LOGFILE_PATH", "/dev/null")
+    # Whatever cufile.json says: what cuFile would copy through host memory, it has to refuse.
+    os.environ["CUFILE_ALLOW_COMPAT_MODE"] = "false"
     try:
         import kvikio
         import kvikio.cufile_driver

@@ -1,0 +1,111 @@
+"""The process itself: signals before it has handlers, open files, workers that talk nonsense."""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace_loader import worker_process
+from headrace_loader.backends import PathPolicy
+from headrace_loader.worker_process import WorkerEnded, WorkerEvent, WorkerOptions, WorkerProcess
+from headrace_loader.worker_protocol import Failed
+
+
+def blocked(pid: int) -> bool:
+    """Whether a process keeps SIGTERM pending."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigBlk:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="a PID namespace needs root"
+)
+@pytest.mark.parametrize("command", ["loader", "sharder"])
+def test_process_1_obeys_a_signal_that_comes_before_its_handlers(
+    support: Any, tmp_path: Path, command: str
+) -> None:
+    """The kernel drops what process 1 has no handler for, unless it is blocked."""
+    support.make_checkpoint(tmp_path / "checkpoint")
+    arguments = {
+        "loader": ["headrace_loader", f"--checkpoint={tmp_path}/checkpoint", "--backend=host"],
+        "sharder": ["headrace_loader.command", "shard", "--source=/nowhere"],
+    }[command]
+    arguments += {
+        "loader": [f"--runtime-dir={tmp_path}/run", "--host=127.0.0.1", "--port=1"],
+        "sharder": [f"--output={tmp_path}/out"],
+    }[command]
+    with subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        deadline = time.monotonic() + 30
+        while not (found := children.read_text().split()) or not blocked(int(found[0])):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(int(found[0]), signal.SIGTERM)
+        output, _ = parent.communicate(timeout=60)
+    assert "SIGTERM" in output
+    assert "Traceback" not in output
+
+
+def test_nothing_is_imported_before_signals_are_kept() -> None:
+    script = (
+        "import sys, headrace_loader.__main__, headrace_loader.command\n"
+        "print([name for name in ('numpy', 'headrace_loader.supervisor') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert out.stdout == b"[]\n"
+
+
+def test_a_signal_between_two_log_lines_is_logged_once(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until_phase("Ready")
+    loader.process.send_signal(signal.SIGINT)
+    assert loader.wait() == 0
+    assert [e["signal"] for e in loader.events() if e["event"] == "stopping"] == ["SIGINT"]
+
+
+def test_as_many_files_may_be_open_as_the_node_allows() -> None:
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 200))\n"
+        "from headrace_loader import system; system.allow_open_files()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert out.stdout == b"(200, 200)\n"
+
+
+def test_a_worker_that_talks_nonsense_is_told_of_and_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def command(_device: int, _options: WorkerOptions, descriptor: int) -> list[str]:
+        script = f"import os, time; os.write({descriptor}, b'nonsense\\n'); time.sleep(60)"
+        return [sys.executable, "-c", script]
+
+    monkeypatch.setattr(worker_process, "_command", command)
+    news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    worker = WorkerProcess(3, 0, WorkerOptions("host", PathPolicy.OFF, 1), news.put)
+    event, end = news.get(timeout=30), news.get(timeout=30)
+    worker.stop()
+    assert isinstance(event, WorkerEvent)
+    assert isinstance(event.message, Failed)
+    assert "rank 3: what the worker sent cannot be used" in event.message.message
+    assert "nonsense" in event.message.message
+    assert end == WorkerEnded(3, -signal.SIGKILL)
