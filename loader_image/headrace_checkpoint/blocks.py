@@ -130,6 +130,7 @@ def _cut(source: Source, segments: Iterable[Segment]) -> Iterator[Segment]:
 
 
 def row_blocks(rows: tuple[int, int], row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows that are no more than a block, or one row."""
     step = max(1, BLOCK_BYTES // row_bytes)
     for begin in range(*rows, step):
         yield begin, min(begin + step, rows[1])

@@ -14,6 +14,7 @@ from headrace_checkpoint.config import DTYPES, ModelConfig
 from headrace_checkpoint.cuts import Cut, joined, joined_shape, merged
 from headrace_checkpoint.errors import (
     ArchitectureUnsupported,
+    ConfigInvalid,
     ParallelismInvalid,
     SourceCorrupt,
     TensorMissing,
@@ -46,6 +47,7 @@ from headrace_checkpoint.quantization import (
 )
 
 _SUGGESTED_RANKS = 64
+_MAX_LAYERS = 10_000
 _SOURCE_DTYPES = tuple(DTYPES.values())
 
 
@@ -135,11 +137,10 @@ class _Planner:
         self.unquantized: list[str] = []
 
     def _check_count(self, field: str, layers: int) -> None:
-        """Raise SourceCorrupt for more layers than tensors, before anything is made for each."""
-        if layers > len(self.sources):
-            raise SourceCorrupt(
-                f"config.json: {field}: {layers}: the source has {len(self.sources)} tensors, "
-                "fewer than one a layer; complete the source or correct config.json"
+        """Raise ConfigInvalid for more layers than any model has, before one is looked at."""
+        if layers > _MAX_LAYERS:
+            raise ConfigInvalid(
+                f"config.json: {field}: {layers}: must be at most {_MAX_LAYERS}; correct it"
             )
 
     def find_format(self, *, quantize: bool) -> Format | None:

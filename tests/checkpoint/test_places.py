@@ -174,7 +174,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         elif self.path.startswith(f"/api/models/{REPOSITORY}/revision/v1"):
             self.answer(200, json.dumps(self.description()).encode())
         elif self.path.startswith("/signed"):
-            self.send_error(400)
+            self.send_error(410)
         elif hub.redirects:
             self.send_response(302)
             self.send_header("Location", f"/signed/file?X-Amz-Signature={SECRET}")
