@@ -51,6 +51,7 @@ HANDOVER_DIRECTORY = "handover"
 
 _LEASE_POLL_SECONDS = 0.5
 _FAREWELL_SECONDS = 0.3
+_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +261,7 @@ class Supervisor:
                 return False
             self._take(news, load, checkpoint, lease)
         if self._engine_cache:
-            self._engine_cache.wait()
+            self._engine_cache.wait(lambda: not self._news.empty())  # a wish to stop, no less
             self._engine_cache.watch()
         with self._state.changing():
             self._state.enter(Phase.READY, "weights are resident and verified")
@@ -282,8 +283,12 @@ class Supervisor:
 
     def _end_workers(self) -> None:
         """Whatever they still do: a load was given up, or is complete."""
-        for worker in self._started.workers if self._started else ():
-            worker.stop()
+        workers = self._started.workers if self._started else []
+        for worker in workers:
+            worker.kill()
+        deadline = time.monotonic() + _END_SECONDS  # of all: storage that hangs keeps them alive
+        for worker in workers:
+            worker.stop(deadline - time.monotonic())
         self._drain()
 
     def _drain(self) -> None:

@@ -22,8 +22,6 @@ from headrace_loader.worker_protocol import (
     encode_plan,
 )
 
-_END_SECONDS = 10.0
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
@@ -92,10 +90,10 @@ class WorkerProcess:
         """Kill the worker unless it has ended; its end will be in the news."""
         self._process.kill()
 
-    def stop(self) -> None:
-        """Kill the worker unless it has ended, and wait for it."""
+    def stop(self, seconds: float) -> None:
+        """Kill the worker unless it has ended, and wait for it, not longer than `seconds`."""
         self.kill()
-        self._thread.join(_END_SECONDS)
+        self._thread.join(max(0.0, seconds))
         with contextlib.suppress(OSError):
             self._plan.close()
 

@@ -229,7 +229,7 @@ def apply(host: Host, steps: Sequence[Step]) -> list[Report]:
             reports.append(_applied(node, step))
         except StepFailed as error:
             reports.append(Report(step.name, "failed", str(error)))
-        if not host.dry_run and reports[-1].outcome == "changed":
+        if not host.dry_run and reports[-1].outcome in ("changed", "failed"):
             node = Node(host, gather(host))
     return reports
 

@@ -17,6 +17,8 @@ import pytest
 
 from headrace_loader import worker_process
 from headrace_loader.backends import PathPolicy
+from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
+from headrace_loader.state import LoaderState, Settings
 from headrace_loader.worker_process import WorkerEnded, WorkerEvent, WorkerOptions, WorkerProcess
 from headrace_loader.worker_protocol import Failed
 
@@ -95,6 +97,44 @@ def test_a_signal_between_two_log_lines_is_logged_once(
     assert [e["signal"] for e in loader.events() if e["event"] == "stopping"] == ["SIGINT"]
 
 
+def test_weights_stay_when_the_log_has_no_reader(support: Any, tmp_path: Path) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    command = [sys.executable, "-m", "headrace_loader", f"--checkpoint={tmp_path}/checkpoint"]
+    command += [f"--runtime-dir={tmp_path}/run", "--backend=host", f"--port={free_port()}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as loader:
+        assert loader.stdout is not None
+        assert loader.stderr is not None
+        while b'"resident"' not in loader.stdout.readline():
+            pass
+        loader.stdout.close()
+        loader.send_signal(signal.SIGTERM)  # which is logged
+        said = loader.stderr.read()
+    assert (loader.returncode, said) == (0, b"")
+
+
+def test_a_loader_ends_at_once_while_caches_are_restored(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "cache").mkdir()
+    options = EngineCacheOptions(
+        local=tmp_path / "cache", store=tmp_path / "store", key="k", engine_port=1
+    )
+    file = EngineCache(options, LoaderState(Settings("host", PathPolicy.OFF, 1), 0.0))._file
+    os.mkfifo(file)  # opening it blocks
+    loader = start_loader(
+        tmp_path / "checkpoint",
+        f"--engine-cache-store={options.store}",
+        f"--engine-cache-dir={options.local}",
+        "--engine-cache-key=k",
+    )
+    loader.until(lambda status: "resident" in status["timeline"])
+    begin = time.monotonic()
+    assert loader.terminate() == 0
+    assert time.monotonic() - begin < 10
+
+
 def test_as_many_files_may_be_open_as_the_node_allows() -> None:
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 200))\n"
@@ -116,7 +156,7 @@ def test_a_worker_that_talks_nonsense_is_told_of_and_ended(
     news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     worker = WorkerProcess(3, 0, WorkerOptions("host", PathPolicy.OFF, 1), news.put)
     event, end = news.get(timeout=30), news.get(timeout=30)
-    worker.stop()
+    worker.stop(10)
     assert isinstance(event, WorkerEvent)
     assert isinstance(event.message, Failed)
     assert "rank 3: what the worker sent cannot be used" in event.message.message

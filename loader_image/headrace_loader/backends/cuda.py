@@ -96,6 +96,17 @@ class CudaBackend:
 
     def fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
         """Move all chunks, digests behind them on the GPU, and compare at the end."""
+        try:
+            self._fill(transfers, progress)
+        except CudaError as error:
+            if not error.out_of_memory:
+                raise
+            raise OutOfMemory(
+                f"{self.device}: {error}: no memory is left beside the weights, on the GPU or for "
+                "pinned buffers; end what else uses this GPU, or raise the container's limit"
+            ) from None
+
+    def _fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
         sources = [source for _, source in transfers]
         with ExitStack() as stack:
             files = [stack.enter_context(PartFile(s)) for s in sources]

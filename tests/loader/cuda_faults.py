@@ -1,0 +1,90 @@
+"""Lets each call of the stand-in for the GPU driver fail once: a script of its own.
+
+    LD_LIBRARY_PATH=... python cuda_faults.py CHECKPOINT MOVER
+
+First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
+with MOVER, the compiled mover.c, without it, and by direct reads. Then one for every call, which
+fails. Prints one line of JSON for each: the call, the way, and what the load ended with.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from headrace_loader.backends import BackendOptions, PathPolicy, open_backend, reading
+from headrace_loader.checkpoint import load_manifest
+from headrace_loader.cuda import driver, native
+from headrace_loader.errors import LoaderError
+
+UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
+"""They take back what a process that ends gives back, are of GPUDirect, or for a message."""
+WAYS = ("compiled", "interpreted", "direct")
+
+
+class Silent:
+    """Progress that nobody looks at."""
+
+    def path(self, report: object) -> None:
+        """Do nothing."""
+
+    def read(self, nbytes: int) -> None:
+        """Do nothing."""
+
+    def verified(self, nbytes: int) -> None:
+        """Do nothing."""
+
+
+def calls() -> list[str]:
+    """Names of the driver's functions that a load calls."""
+    functions = {name: value for name, value in vars(driver).items() if name not in UNUSED}
+    names = (getattr(value, "__name__", "") for value in functions.values())
+    return sorted({name for name in names if name.startswith("cu")})
+
+
+def load(checkpoint: Path) -> str:
+    """Load rank 0; returns what it ended with."""
+    try:
+        backend = open_backend("cuda", BackendOptions(0, PathPolicy.OFF, 2))
+        assert backend.device.startswith("GPU-")
+        sources = load_manifest(checkpoint).sources(0)
+        regions = [backend.allocate(source.nbytes) for source in sources]
+        backend.fill(list(zip(regions, sources, strict=True)), Silent())
+        for region, source in zip(regions, sources, strict=True):
+            content = os.pread(region.export(), source.nbytes, 0)
+            assert content == source.path.read_bytes()[source.offset :]
+    except LoaderError as error:
+        return error.reason
+    except Exception as error:  # noqa: BLE001 - a worker reports it as InternalError
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def in_a_child(call: str, way: str) -> str:
+    """Let `call` fail for lack of memory in a process of its own; returns how the load ended."""
+    checkpoint, mover = map(Path, sys.argv[1:])
+    reading_end, writing_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.environ["FAKE_CUDA_FAIL"] = f"{call}:2"
+        reading.is_cached = lambda *_: way != "direct"
+        found = native.mover(mover) if way == "compiled" else None
+        native.mover = lambda: found
+        os.write(writing_end, load(checkpoint).encode())
+        os._exit(0)
+    os.close(writing_end)
+    with os.fdopen(reading_end) as said:
+        end = said.read()
+    os.waitpid(child, 0)
+    return end
+
+
+def main() -> None:
+    """Print a line for each."""
+    for call, way in (*(("none", way) for way in WAYS), *((call, WAYS[0]) for call in calls())):
+        line = {"call": call, "way": way, "end": in_a_child(call, way)}
+        sys.stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
