@@ -206,6 +206,29 @@ def test_injected_lack_of_direct_transfers(model, shard, volume, monkeypatch, he
     assert headrace("verify", volume / "checkpoint").code == 0
 
 
+def test_injected_refusal_of_direct_transfers_at_the_transfer(
+    model, shard, volume, monkeypatch, headrace
+):
+    """The flag is taken, as by some file systems in user space."""
+    evict(model / "model.safetensors")
+
+    def refusing(real):
+        def call(fd, *arguments):
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(fd, *arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "preadv", refusing(os.preadv))
+    monkeypatch.setattr(os, "pwrite", refusing(os.pwrite))
+    outcome = shard(model, 2)
+    assert outcome.reason == "Published"
+    said = [e["directory"] for e in outcome.events if e["event"] == "no-direct-transfers"]
+    assert len(said) == len(set(said)) > 0
+    assert headrace("verify", volume / "checkpoint").code == 0
+
+
 def leave_behind(volume, name, lock=True):
     path = volume / name
     path.mkdir(parents=True)

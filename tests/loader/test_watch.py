@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -72,6 +73,18 @@ def test_nobody_there() -> None:
     assert out.returncode == os.EX_UNAVAILABLE
     assert "http://127.0.0.1:9: no status within 0.1 s" in out.stderr
     assert "Traceback" not in out.stderr
+
+
+def test_watching_ends_on_ctrl_c() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        command = [*HEADRACE, "load", "--watch", url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            server.accept()[0].close()  # it watches
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
 
 
 def test_something_else_there() -> None:
