@@ -267,9 +267,6 @@ class Supervisor:
             self._state.enter(Phase.READY, "weights are resident and verified")
             self._state.mark("ready")
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
-        for rank in self._state.ranks:
-            if rank.offer is not None:
-                rank.offer.line  # noqa: B018 - made now, no engine waits for it
         return True
 
     def _start_workers(self) -> _Load:

@@ -3,10 +3,12 @@
     LD_LIBRARY_PATH=... python cuda_faults.py CHECKPOINT MOVER
 
 First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
-with MOVER, the compiled mover.c, without it, and by direct reads. Then one for every call, which
-fails. Prints one line of JSON for each: the call, the way, and what the load ended with.
+with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
+read to the same place. Then one for every call, which fails. Prints one line of JSON for each: the
+call, the way, and what the load ended with.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -14,12 +16,12 @@ from pathlib import Path
 
 from headrace_loader.backends import BackendOptions, PathPolicy, open_backend, reading
 from headrace_loader.checkpoint import load_manifest
-from headrace_loader.cuda import driver, native
+from headrace_loader.cuda import driver, gds, native
 from headrace_loader.errors import LoaderError
 
 UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 """They take back what a process that ends gives back, are of GPUDirect, or for a message."""
-WAYS = ("compiled", "interpreted", "direct")
+WAYS = ("compiled", "interpreted", "direct", "mocked GPUDirect")
 
 
 class Silent:
@@ -35,6 +37,17 @@ class Silent:
         """Do nothing."""
 
 
+class MockedDirectFile:
+    """Stands for cuFile, which needs nvidia-fs."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, pointer: int, offset: int, size: int) -> None:
+        """Read to a device address, which is one of the host here."""
+        ctypes.memmove(pointer, os.pread(self._descriptor, size, offset), size)
+
+
 def calls() -> list[str]:
     """Names of the driver's functions that a load calls."""
     functions = {name: value for name, value in vars(driver).items() if name not in UNUSED}
@@ -42,13 +55,15 @@ def calls() -> list[str]:
     return sorted({name for name in names if name.startswith("cu")})
 
 
-def load(checkpoint: Path) -> str:
-    """Load rank 0; returns what it ended with."""
+def load(checkpoint: Path, policy: PathPolicy) -> str:
+    """Load rank 0 into memory whose end is not clean; returns what it ended with."""
     try:
-        backend = open_backend("cuda", BackendOptions(0, PathPolicy.OFF, 2))
+        backend = open_backend("cuda", BackendOptions(0, policy, 2))
         assert backend.device.startswith("GPU-")
         sources = load_manifest(checkpoint).sources(0)
         regions = [backend.allocate(source.nbytes) for source in sources]
+        for region, source in zip(regions, sources, strict=True):
+            ctypes.memset(region.pointer + source.nbytes - 8, 0xFF, 16)
         backend.fill(list(zip(regions, sources, strict=True)), Silent())
         for region, source in zip(regions, sources, strict=True):
             content = os.pread(region.export(), source.nbytes, 0)
@@ -70,7 +85,11 @@ def in_a_child(call: str, way: str) -> str:
         reading.is_cached = lambda *_: way != "direct"
         found = native.mover(mover) if way == "compiled" else None
         native.mover = lambda: found
-        os.write(writing_end, load(checkpoint).encode())
+        policy = PathPolicy.OFF
+        if way == "mocked GPUDirect":
+            policy = PathPolicy.REQUIRE
+            gds.probe, gds.DirectFile = lambda _: gds.Probe(True), MockedDirectFile
+        os.write(writing_end, load(checkpoint, policy).encode())
         os._exit(0)
     os.close(writing_end)
     with os.fdopen(reading_end) as said:

@@ -86,17 +86,6 @@ def test_nothing_is_imported_before_signals_are_kept() -> None:
     assert out.stdout == b"[]\n"
 
 
-def test_a_signal_between_two_log_lines_is_logged_once(
-    support: Any, start_loader: Callable[..., Any], tmp_path: Path
-) -> None:
-    support.make_checkpoint(tmp_path / "checkpoint")
-    loader = start_loader(tmp_path / "checkpoint")
-    loader.until_phase("Ready")
-    loader.process.send_signal(signal.SIGINT)
-    assert loader.wait() == 0
-    assert [e["signal"] for e in loader.events() if e["event"] == "stopping"] == ["SIGINT"]
-
-
 def test_weights_stay_when_the_log_has_no_reader(support: Any, tmp_path: Path) -> None:
     support.make_checkpoint(tmp_path / "checkpoint")
     command = [sys.executable, "-m", "headrace_loader", f"--checkpoint={tmp_path}/checkpoint"]
