@@ -34,7 +34,7 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def test_injected_cuda_holds_what_is_on_disk(
+def test_fake_cuda_holds_what_is_on_disk(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path, fake_cuda: str
 ) -> None:
     manifest = support.make_checkpoint(
@@ -54,7 +54,7 @@ def test_injected_cuda_holds_what_is_on_disk(
                 assert content == support.part_data(tmp_path / "checkpoint", part)
 
 
-def test_injected_cuda_finds_a_flipped_bit(
+def test_fake_cuda_finds_a_flipped_bit(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path, fake_cuda: str
 ) -> None:
     manifest = support.make_checkpoint(
@@ -74,7 +74,7 @@ def test_injected_cuda_finds_a_flipped_bit(
     assert "tensors b, c)" in termination["message"]
 
 
-def test_injected_lack_of_memory_at_every_call_of_cuda(
+def test_fake_cuda_without_memory_at_every_call(
     support: Any, tmp_path: Path, fake_cuda: str
 ) -> None:
     support.make_checkpoint(
