@@ -90,6 +90,16 @@ def test_cufile_has_the_last_word(node: Path, kvikio: FakeKvikio) -> None:
     assert gds.probe(wanted=True).reason == "CuFileUnavailable"
 
 
+def test_a_driver_that_cannot_be_opened_is_told(node: Path, kvikio: FakeKvikio) -> None:
+    def get(_name: str) -> bool:
+        raise RuntimeError("cuFile error: 5001")
+
+    kvikio.cufile_driver = SimpleNamespace(get=get)
+    probe = gds.probe(wanted=True)
+    assert (probe.available, probe.reason) == (False, "CuFileUnavailable")
+    assert "5001" in probe.message
+
+
 def test_runtime_errors_of_kvikio_get_the_loaders_names(kvikio: FakeKvikio) -> None:
     kvikio.refuses = True
     with pytest.raises(DirectPathUnavailable, match=r"/part: cuFile refuses the file: .* 5030"):

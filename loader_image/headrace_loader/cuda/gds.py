@@ -57,8 +57,12 @@ def _probe_library() -> Probe:
         import kvikio.cufile_driver
     except (ImportError, RuntimeError) as error:
         return Probe(False, "KvikioMissing", f"kvikio cannot be used: {error}")
-    kvikio.defaults.set({"compat_mode": kvikio.CompatMode.OFF, "num_threads": 1})
-    if not kvikio.cufile_driver.get("is_gds_available"):
+    try:
+        kvikio.defaults.set({"compat_mode": kvikio.CompatMode.OFF, "num_threads": 1})
+        available = kvikio.cufile_driver.get("is_gds_available")
+    except RuntimeError as error:  # what it raises where the driver cannot be opened
+        return Probe(False, "CuFileUnavailable", f"cuFile cannot be opened: {error}")
+    if not available:
         return Probe(False, "CuFileUnavailable", "cuFile finds no GPUDirect Storage on this node")
     return Probe(True)
 
