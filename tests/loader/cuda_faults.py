@@ -4,8 +4,8 @@
 
 First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
 with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
-read to the same place. Then one for every call, which fails. Prints one line of JSON for each: the
-call, the way, and what the load ended with.
+read to the same place, also where it takes files and refuses to read. Then one for every call, which
+fails. Prints one line of JSON for each: the call, the way, and what the load ended with.
 """
 
 import ctypes
@@ -17,11 +17,11 @@ from pathlib import Path
 from headrace_loader.backends import BackendOptions, PathPolicy, open_backend, reading
 from headrace_loader.checkpoint import load_manifest
 from headrace_loader.cuda import driver, gds, native
-from headrace_loader.errors import LoaderError
+from headrace_loader.errors import LoaderError, StorageError
 
 UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 """They take back what a process that ends gives back, are of GPUDirect, or for a message."""
-WAYS = ("compiled", "interpreted", "direct", "mocked GPUDirect")
+WAYS = ("compiled", "interpreted", "direct", "mocked GPUDirect", "refused GPUDirect")
 
 
 class Silent:
@@ -46,6 +46,14 @@ class MockedDirectFile:
     def read(self, pointer: int, offset: int, size: int) -> None:
         """Read to a device address, which is one of the host here."""
         ctypes.memmove(pointer, os.pread(self._descriptor, size, offset), size)
+
+
+class RefusingDirectFile(MockedDirectFile):
+    """As cuFile where it cannot register the GPU's memory."""
+
+    def read(self, pointer: int, offset: int, size: int) -> None:
+        """Fail."""
+        raise StorageError(f"cuFile read at {offset}: 5030")
 
 
 def calls() -> list[str]:
@@ -89,6 +97,9 @@ def in_a_child(call: str, way: str) -> str:
         if way == "mocked GPUDirect":
             policy = PathPolicy.REQUIRE
             gds.probe, gds.DirectFile = lambda _: gds.Probe(True), MockedDirectFile
+        if way == "refused GPUDirect":
+            policy = PathPolicy.PREFER
+            gds.probe, gds.DirectFile = lambda _: gds.Probe(True), RefusingDirectFile
         os.write(writing_end, load(checkpoint, policy).encode())
         os._exit(0)
     os.close(writing_end)

@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import threading
 
 import pytest
 
 from headrace_node import __main__ as program
 from headrace_node import cufile, unit
 from headrace_node.checks import check as find
-from headrace_node.errors import Unsupported
+from headrace_node.errors import PublishFailed, Unsupported
 from headrace_node.facts import gather
 from headrace_node.host import run_here
-from headrace_node.publish import labels
+from headrace_node.publish import Cluster, labels, publish
 from headrace_node.steps import all_steps, apply, check, revert
 
 STEPS = all_steps(5128)
@@ -245,6 +247,23 @@ def test_publishing_outside_of_a_cluster_is_one_sentence(recorded_node, monkeypa
     monkeypatch.setattr(program, "Host", lambda root, dry_run: node.host(dry_run=dry_run))
     assert program.main(["check", f"--root={node.root}", "--publish"]) == os.EX_NOPERM
     assert capsys.readouterr().err.startswith("headrace-node: PublishFailed: --publish:")
+
+
+def test_what_is_no_api_server_is_one_sentence(recorded_node, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+        def answer():
+            with server.accept()[0] as connection:
+                connection.recv(10_000)
+                connection.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        cluster = Cluster(url, "token", None, "default")
+        with pytest.raises(PublishFailed, match="check the network to the API server"):
+            publish(cluster, "node", gather(recorded_node().host()))
+        thread.join()
 
 
 def test_cufile_configuration_allows_the_slow_path_only_where_the_fast_one_is_not_verified(
