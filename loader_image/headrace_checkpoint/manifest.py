@@ -4,6 +4,7 @@ Standard library only, so that the loader and the engine side can import it with
 numpy. docs/checkpoint.md specifies the format for other writers and readers.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -39,6 +40,8 @@ MAX_DIMENSIONS = 64
 _MAX_CHUNK_BYTES = 1024**3
 _MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 _MAX_NAME = 4096
+_SELF_DIGEST = "selfDigest"
+_NO_DIGEST = "0" * 64
 _HEX = re.compile(r"[0-9a-f]+")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
@@ -189,8 +192,11 @@ class Manifest:
             "parts": [part.to_object() for part in self.parts],
             "files": [file.to_object() for file in self.files],
             "source": [file.to_object() for file in self.source],
+            _SELF_DIGEST: _NO_DIGEST,
         }
-        return json.dumps(document, separators=(",", ":"), sort_keys=False).encode() + b"\n"
+        content = json.dumps(document, separators=(",", ":")).encode() + b"\n"
+        kept, _, end = content.rpartition(_NO_DIGEST.encode())
+        return kept + hashlib.sha256(content).hexdigest().encode() + end
 
     @classmethod
     def from_json(cls, content: bytes) -> "Manifest":
@@ -223,6 +229,21 @@ class Manifest:
         _check_ranks(manifest, root.field("parts"))
         _check_file_names(manifest, root)
         return manifest
+
+
+def check_self_digest(content: bytes) -> bool:
+    """Compare a manifest with the digest it has of itself; False where it has none.
+
+    `content` is one that `Manifest.from_json` accepts. Raises ManifestInvalid.
+    """
+    node = _Node.parse(content)
+    if _SELF_DIGEST not in node.mapping():
+        return False
+    digest = node.field(_SELF_DIGEST).digest(len(_NO_DIGEST))
+    found = hashlib.sha256(content.replace(digest.encode(), _NO_DIGEST.encode())).hexdigest()
+    if found != digest:
+        raise ManifestInvalid(f"{_SELF_DIGEST}: {digest}: the content has {found}; it is damaged")
+    return True
 
 
 def read_manifest(directory: Path | str) -> Manifest:

@@ -4,8 +4,8 @@
 
 First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
 with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
-read to the same place, also where it takes files and refuses to read. Then one for every call, which
-fails. Prints one line of JSON for each: the call, the way, and what the load ended with.
+read to the same place, also where it takes files and refuses to read. Then one for every call,
+which fails. Prints one line of JSON for each: the call, the way, and what the load ended with.
 """
 
 import ctypes
