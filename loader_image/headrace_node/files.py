@@ -25,8 +25,10 @@ class OwnFile:
 
     def put(self, host: Host) -> None:
         """Write it, and keep what was there before; raises StepFailed."""
-        if host.exists(self.path) and not self.is_ours(host):
-            host.copy(self.path, self._kept)
+        if not self.is_ours(host):
+            host.remove(self._kept)
+            if host.exists(self.path):
+                host.copy(self.path, self._kept)
         host.write(self._mark, self.path + "\n")
         host.write(self.path, self.content)
 
