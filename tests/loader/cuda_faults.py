@@ -21,7 +21,14 @@ from headrace_loader.errors import LoaderError, StorageError
 
 UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 """They take back what a process that ends gives back, are of GPUDirect, or for a message."""
-WAYS = ("compiled", "interpreted", "direct", "mocked GPUDirect", "refused GPUDirect")
+WAYS = {
+    "compiled": PathPolicy.OFF,
+    "interpreted": PathPolicy.OFF,
+    "direct": PathPolicy.OFF,
+    "mocked GPUDirect": PathPolicy.REQUIRE,
+    "refused GPUDirect": PathPolicy.PREFER,
+    "refused and required GPUDirect": PathPolicy.REQUIRE,
+}
 
 
 class Silent:
@@ -93,14 +100,10 @@ def in_a_child(call: str, way: str) -> str:
         reading.is_cached = lambda *_: way != "direct"
         found = native.mover(mover) if way == "compiled" else None
         native.mover = lambda: found
-        policy = PathPolicy.OFF
-        if way == "mocked GPUDirect":
-            policy = PathPolicy.REQUIRE
-            gds.probe, gds.DirectFile = lambda _: gds.Probe(True), MockedDirectFile
-        if way == "refused GPUDirect":
-            policy = PathPolicy.PREFER
-            gds.probe, gds.DirectFile = lambda _: gds.Probe(True), RefusingDirectFile
-        os.write(writing_end, load(checkpoint, policy).encode())
+        if "GPUDirect" in way:
+            gds.probe = lambda _: gds.Probe(True)
+            gds.DirectFile = RefusingDirectFile if "refused" in way else MockedDirectFile
+        os.write(writing_end, load(checkpoint, WAYS[way]).encode())
         os._exit(0)
     os.close(writing_end)
     with os.fdopen(reading_end) as said:
@@ -111,7 +114,7 @@ def in_a_child(call: str, way: str) -> str:
 
 def main() -> None:
     """Print a line for each."""
-    for call, way in (*(("none", way) for way in WAYS), *((call, WAYS[0]) for call in calls())):
+    for call, way in (*(("none", way) for way in WAYS), *((call, "compiled") for call in calls())):
         line = {"call": call, "way": way, "end": in_a_child(call, way)}
         sys.stdout.write(json.dumps(line) + "\n")
 

@@ -143,7 +143,7 @@ class CudaBackend:
                 opened[first.path].read(pointer, first.offset, min(first.nbytes, ALIGNMENT))
             except (DirectPathUnavailable, StorageError) as error:
                 if self._options.policy is PathPolicy.REQUIRE:
-                    raise
+                    raise DirectPathUnavailable(f"--path Require: {error}") from None
                 direct = gds.Probe(False, "FileSystemUnsupported", str(error))
             else:
                 threads = self._options.read_threads
