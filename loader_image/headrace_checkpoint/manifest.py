@@ -371,11 +371,14 @@ class _Node:
 
 
 def _parallelism(node: _Node) -> Parallelism:
-    return Parallelism(
+    found = Parallelism(
         tensor=node.field("tensor").integer(minimum=1),
         pipeline=node.field("pipeline").integer(minimum=1),
         expert=node.field("expert").integer(minimum=1),
     )
+    if found.expert not in (1, found.tensor):
+        raise node.field("expert").fail(f"must be 1 or the tensor parallel size, {found.tensor}")
+    return found
 
 
 def _part(node: _Node, chunk_bytes: int, digest_digits: int) -> Part:
@@ -477,7 +480,10 @@ def _fingerprint(node: _Node) -> CopiedFile:
 
 
 def _check_ranks(manifest: Manifest, node: _Node) -> None:
-    """Each rank has parts 0..n in order, ranks ascend without a hole, names are unique per rank."""
+    """Each rank has parts 0..n in order, ranks ascend without a hole, names are unique per rank.
+
+    The ranks of a pipeline stage have the same tensors in the same places.
+    """
     if manifest.parallelism.ranks > len(manifest.parts):
         raise ManifestInvalid(
             f"{node.path}: {len(manifest.parts)} parts: "
@@ -492,10 +498,17 @@ def _check_ranks(manifest: Manifest, node: _Node) -> None:
             f"{node.path}: (rank, part) pairs are {_shorten(found)}: "
             f"must be {_shorten(expected)}, every rank with its parts in order"
         )
+    of_stage: dict[int, list[tuple[TensorEntry, ...]]] = {}
     for rank, parts in groupby(manifest.parts, lambda part: part.rank):
-        twice = _twice(tensor.name for part in parts for tensor in part.tensors)
+        tensors = [part.tensors for part in parts]
+        twice = _twice(tensor.name for part in tensors for tensor in part)
         if twice is not None:
             raise ManifestInvalid(f"{node.path}: rank {rank} holds tensor {twice!r:.200} twice")
+        stage, first = divmod(rank, manifest.parallelism.tensor)
+        if tensors != of_stage.setdefault(stage, tensors):
+            raise ManifestInvalid(
+                f"{node.path}: rank {rank} has other tensors than rank {rank - first}"
+            )
 
 
 def _check_file_names(manifest: Manifest, root: _Node) -> None:

@@ -116,6 +116,8 @@ BROKEN = [
     (changed(*PART, "chunkDigests", 0, to="F" * 16), "must be 16 lower-case"),
     (changed(*PART, "chunkDigests", 0, to="0" * 64), "must be 16 lower-case"),
     (changed(*TENSOR, "name", to="weight1"), "rank 0 holds tensor 'weight1' twice"),
+    (changed(*TENSOR, "name", to="other"), "rank 1 has other tensors than rank 0"),
+    (changed("parallelism", "expert", to=3), "parallelism.expert: 3: must be 1 or the tensor"),
     (changed(*TENSOR, "dtype", to="F31"), "parts[1].tensors[1].dtype: 'F31'"),
     (changed(*TENSOR, "shape", to=[2]), "parts[1].tensors[1].bytes: 4: must be 8"),
     (changed(*TENSOR, "shape", to=[1.0]), "parts[1].tensors[1].shape[0]: 1.0"),
@@ -171,7 +173,8 @@ def test_garbage_is_refused_by_our_error_alone(content):
 
 def test_names_in_any_script_are_taken():
     document = changed(*TENSOR, "name", to="échelle")
-    assert parse(document).parts[1].tensors[1].name == "échelle"
+    document["parts"][3]["tensors"][1]["name"] = "échelle"
+    assert parse(document).parts[3].tensors[1].name == "échelle"
 
 
 def test_another_encoding_than_utf_8_is_refused():
