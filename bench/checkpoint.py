@@ -19,7 +19,7 @@ from headrace_checkpoint.manifest import (
     Part,
     TensorEntry,
 )
-from headrace_checkpoint.planner import DEFAULT_PART_BYTES
+from headrace_checkpoint.plan import DEFAULT_PART_BYTES
 from headrace_checkpoint.safetensors_format import build_header
 
 if TYPE_CHECKING:

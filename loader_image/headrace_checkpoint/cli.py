@@ -1,4 +1,4 @@
-"""The `headrace` command: `shard` makes a checkpoint, `verify` checks one."""
+"""The sharder's commands: `shard` makes a checkpoint, `verify` checks, `delete` deletes one."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeAlias
 
+from headrace_checkpoint import signals
 from headrace_checkpoint.config import DTYPES
 from headrace_checkpoint.errors import (
     CheckpointError,
@@ -22,7 +23,7 @@ from headrace_checkpoint.errors import (
 )
 from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import FORMAT_VERSION
-from headrace_checkpoint.planner import DEFAULT_PART_BYTES
+from headrace_checkpoint.plan import DEFAULT_PART_BYTES
 from headrace_checkpoint.publish import delete
 from headrace_checkpoint.report import ArgumentParser, add_form, log, report_termination, talk_to
 from headrace_checkpoint.sharder import ShardRequest, shard
@@ -35,13 +36,28 @@ _MAX_TENSOR_PARALLEL = 1024
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0, 64, 65, 70 or 75)."""
-    options = parser()[0].parse_args(arguments)
+    return run(parser()[0].parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command that was parsed; returns the exit code. Reports whatever ends it."""
     talk_to(people=sys.stderr.isatty() and options.form == "text")
-    command: Callable[[argparse.Namespace], int] = options.command
-    return command(options)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        with _interruptible():
+            command(options)
+    except CheckpointError as error:
+        return _failed(error.reason, str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is missing; install headrace-loader[loader,sources]"
+        return _failed("InternalError", message, os.EX_UNAVAILABLE)
+    except Exception as error:  # noqa: BLE001 - the last resort still has to report
+        log("defect", "error", trace=traceback.format_exc())
+        return _failed("InternalError", f"{type(error).__name__}: {error}", os.EX_SOFTWARE)
+    return 0
 
 
-def _shard(options: argparse.Namespace) -> int:
+def _shard(options: argparse.Namespace) -> None:
     if not 0 <= options.worker < options.workers:
         parser()[0].error(f"--worker {options.worker}: must be from 0 to {options.workers - 1}")
     request = ShardRequest(
@@ -60,24 +76,14 @@ def _shard(options: argparse.Namespace) -> int:
         quantization=options.quantization,
     )
     started = time.monotonic()
-    try:
-        with _interruptible():
-            if options.engine_cache_store is not None:
-                make_directories(options.engine_cache_store)
-            result = shard(request)
-    except CheckpointError as error:
-        return _failed(error.reason, str(error), error.exit_code)
-    except ModuleNotFoundError as error:
-        return _package_missing(error)
-    except Exception as error:  # noqa: BLE001 - the last resort still has to report
-        log("defect", "error", trace=traceback.format_exc())
-        return _failed("InternalError", f"{type(error).__name__}: {error}", os.EX_SOFTWARE)
+    if options.engine_cache_store is not None:
+        make_directories(options.engine_cache_store)
+    result = shard(request)
     seconds = round(time.monotonic() - started, 3)
     total = result.total_bytes
     log(result.reason, output=str(options.output), totalBytes=total, seconds=seconds)
     message = f"{options.output}: {total} bytes"
     report_termination(result.reason, message, totalBytes=total, seconds=seconds)
-    return 0
 
 
 def _failed(reason: str, message: str, exit_code: int) -> int:
@@ -86,40 +92,22 @@ def _failed(reason: str, message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _package_missing(error: ModuleNotFoundError) -> int:
-    message = f"{error.name} is missing; install headrace-loader[loader,sources]"
-    return _failed("InternalError", message, os.EX_UNAVAILABLE)
-
-
-def _verify(options: argparse.Namespace) -> int:
+def _verify(options: argparse.Namespace) -> None:
     try:
-        with _interruptible():
-            manifest = verify(options.directory)
-            if options.source is not None:
-                compare_source(manifest, options.source, options.revision, str(options.directory))
+        manifest = verify(options.directory)
     except FileNotFoundError as error:
-        log("failed", "error", reason=ManifestInvalid.__name__, message=str(error))
-        return ManifestInvalid.exit_code
-    except CheckpointError as error:
-        log("failed", "error", reason=error.reason, message=str(error))
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        return _package_missing(error)
+        raise ManifestInvalid(str(error)) from None
+    if options.source is not None:
+        compare_source(manifest, options.source, options.revision, str(options.directory))
     log("verified", directory=str(options.directory), totalBytes=manifest.total_bytes)
-    return 0
 
 
-def _delete(options: argparse.Namespace) -> int:
+def _delete(options: argparse.Namespace) -> None:
     for directory in options.directories:
-        try:
-            with _interruptible():
-                deleted = delete(directory)
-        except CheckpointError as error:
-            return _failed(error.reason, str(error), error.exit_code)
+        deleted = delete(directory)
         log("Deleted" if deleted else "AlreadyDeleted", directory=str(directory))
     message = ", ".join(map(str, options.directories))
     report_termination("Deleted", message)
-    return 0
 
 
 @contextmanager
@@ -133,8 +121,9 @@ def _interruptible() -> Iterator[None]:
             signal.signal(other, lambda *_: None)
         raise Interrupted(f"stopped by {signal.Signals(number).name}; run it again")
 
-    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, interrupt) for number in signals.STOPPING}
     try:
+        signals.release()
         yield
     finally:
         for number, handler in previous.items():

@@ -1,7 +1,7 @@
 """Locks on a published checkpoint: shared by those who have loaded it, alone for who deletes it.
 
-The lock is flock(2) on manifest.json, which needs no right to write. Standard library only, as
-loaders hold it for as long as their weights may have to be read again.
+The lock is flock(2) on manifest.json, for which loaders need no right to write. Standard library
+only, as loaders hold it for as long as their weights may have to be read again.
 """
 
 import errno
@@ -35,7 +35,9 @@ def try_lock(fd: int, kind: int) -> bool | None:
 @contextmanager
 def holding(directory: Path, *, exclusive: bool = False) -> Iterator[bool | None]:
     """Hold a checkpoint; yields what try_lock returned. Raises OSError where there is none."""
-    fd = os.open(directory / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    # NFS locks alone only what is open for writing.
+    mode = os.O_RDWR if exclusive else os.O_RDONLY
+    fd = os.open(directory / FILE_NAME, mode | os.O_CLOEXEC)
     try:
         yield try_lock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
     finally:

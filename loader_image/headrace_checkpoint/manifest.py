@@ -4,10 +4,13 @@ Standard library only, so that the loader and the engine side can import it with
 numpy. docs/checkpoint.md specifies the format for other writers and readers.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from headrace_checkpoint.dtypes import ITEM_BYTES, tensor_bytes
@@ -29,8 +32,16 @@ MULTILINEAR64 = "multilinear64"
 DIGEST_HEX_DIGITS = {"sha256": 64, MULTILINEAR64: 16}
 """Algorithms that chunk digests may have, with the length of their digests."""
 
+MAX_PARTS = 252
+"""Parts of a rank that can be handed over: as many descriptors as one message takes."""
+
+MAX_INTEGER = 2**63 - 1
+MAX_DIMENSIONS = 64
 _MAX_CHUNK_BYTES = 1024**3
 _MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+_MAX_NAME = 4096
+_SELF_DIGEST = "selfDigest"
+_NO_DIGEST = "0" * 64
 _HEX = re.compile(r"[0-9a-f]+")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
@@ -94,6 +105,11 @@ class Part:
             "chunkDigests": list(self.chunk_digests),
             "tensors": [tensor.to_object() for tensor in self.tensors],
         }
+
+
+def is_plain_file(name: str) -> bool:
+    """Whether a checkpoint can have a file of this name."""
+    return _PLAIN_FILE.fullmatch(name) is not None
 
 
 def rank_file(rank: int, part: int, tensor: int, stages: int) -> str:
@@ -176,8 +192,11 @@ class Manifest:
             "parts": [part.to_object() for part in self.parts],
             "files": [file.to_object() for file in self.files],
             "source": [file.to_object() for file in self.source],
+            _SELF_DIGEST: _NO_DIGEST,
         }
-        return json.dumps(document, separators=(",", ":"), sort_keys=False).encode() + b"\n"
+        content = json.dumps(document, separators=(",", ":")).encode() + b"\n"
+        kept, _, end = content.rpartition(_NO_DIGEST.encode())
+        return kept + hashlib.sha256(content).hexdigest().encode() + end
 
     @classmethod
     def from_json(cls, content: bytes) -> "Manifest":
@@ -210,6 +229,21 @@ class Manifest:
         _check_ranks(manifest, root.field("parts"))
         _check_file_names(manifest, root)
         return manifest
+
+
+def check_self_digest(content: bytes) -> bool:
+    """Compare a manifest with the digest it has of itself; False where it has none.
+
+    `content` is one that `Manifest.from_json` accepts. Raises ManifestInvalid.
+    """
+    node = _Node.parse(content)
+    if _SELF_DIGEST not in node.mapping():
+        return False
+    digest = node.field(_SELF_DIGEST).digest(len(_NO_DIGEST))
+    found = hashlib.sha256(content.replace(digest.encode(), _NO_DIGEST.encode())).hexdigest()
+    if found != digest:
+        raise ManifestInvalid(f"{_SELF_DIGEST}: {digest}: the content has {found}; it is damaged")
+    return True
 
 
 def read_manifest(directory: Path | str) -> Manifest:
@@ -262,9 +296,9 @@ class _Node:
     @classmethod
     def parse(cls, content: bytes) -> "_Node":
         try:
-            value = json.loads(content)
+            value = json.loads(content.decode())
         except (ValueError, RecursionError) as error:
-            raise ManifestInvalid(f"not a JSON document: {error}") from None
+            raise ManifestInvalid(f"not a JSON document: {error!s:.200}") from None
         return cls(value, "")
 
     def fail(self, rule: str) -> ManifestInvalid:
@@ -285,9 +319,11 @@ class _Node:
         value = self.mapping()
         return self.field(name) if name in value else _Node([], name)
 
-    def items(self) -> list["_Node"]:
+    def items(self, maximum: int = MAX_INTEGER) -> list["_Node"]:
         if not isinstance(self.value, list):
             raise self.fail("must be a list")
+        if len(self.value) > maximum:
+            raise self.fail(f"must have at most {maximum} entries")
         return [_Node(item, f"{self.path}[{index}]") for index, item in enumerate(self.value)]
 
     def mapping(self) -> dict[str, object]:
@@ -300,9 +336,15 @@ class _Node:
             raise self.fail("must be a non-empty string")
         return self.value
 
+    def name(self) -> str:
+        text = self.text()
+        if len(text) > _MAX_NAME or any("\ud800" <= one <= "\udfff" for one in text):
+            raise self.fail(f"must be Unicode of at most {_MAX_NAME} characters")
+        return text
+
     def integer(self, minimum: int = 0) -> int:
-        if type(self.value) is not int or self.value < minimum:
-            raise self.fail(f"must be a whole number of at least {minimum}")
+        if type(self.value) is not int or not minimum <= self.value <= MAX_INTEGER:
+            raise self.fail(f"must be a whole number from {minimum} to {MAX_INTEGER}")
         return self.value
 
     def choice(self, allowed: Collection[str]) -> str:
@@ -319,7 +361,7 @@ class _Node:
 
     def file_name(self) -> str:
         text = self.text()
-        if not _PLAIN_FILE.fullmatch(text):
+        if not is_plain_file(text):
             raise self.fail("must be a plain file name inside the checkpoint directory")
         return text
 
@@ -329,11 +371,14 @@ class _Node:
 
 
 def _parallelism(node: _Node) -> Parallelism:
-    return Parallelism(
+    found = Parallelism(
         tensor=node.field("tensor").integer(minimum=1),
         pipeline=node.field("pipeline").integer(minimum=1),
         expert=node.field("expert").integer(minimum=1),
     )
+    if found.expert not in (1, found.tensor):
+        raise node.field("expert").fail(f"must be 1 or the tensor parallel size, {found.tensor}")
+    return found
 
 
 def _part(node: _Node, chunk_bytes: int, digest_digits: int) -> Part:
@@ -397,8 +442,10 @@ def _valid_tensor(value: object) -> TensorEntry | None:
     if type(offset) is not int or type(nbytes) is not int or offset < 0:
         return None
     for number in shape:
-        if type(number) is not int or number < 0:
+        if type(number) is not int or not 0 <= number <= MAX_INTEGER:
             return None
+    if len(name) > _MAX_NAME or not name.isascii() or len(shape) > MAX_DIMENSIONS:
+        return None  # names that are not ASCII take the long way
     if dtype not in ITEM_BYTES or nbytes != tensor_bytes(dtype, shape):
         return None
     return TensorEntry(name, dtype, tuple(shape), offset, nbytes)
@@ -406,9 +453,9 @@ def _valid_tensor(value: object) -> TensorEntry | None:
 
 def _tensor(node: _Node) -> TensorEntry:
     tensor = TensorEntry(
-        name=node.field("name").text(),
+        name=node.field("name").name(),
         dtype=node.field("dtype").choice(ITEM_BYTES),
-        shape=tuple(item.integer() for item in node.field("shape").items()),
+        shape=tuple(item.integer() for item in node.field("shape").items(MAX_DIMENSIONS)),
         offset=node.field("offset").integer(),
         nbytes=node.field("bytes").integer(),
     )
@@ -433,35 +480,47 @@ def _fingerprint(node: _Node) -> CopiedFile:
 
 
 def _check_ranks(manifest: Manifest, node: _Node) -> None:
-    """Each rank has parts 0..n in order, ranks ascend without a hole, names are unique per rank."""
+    """Each rank has parts 0..n in order, ranks ascend without a hole, names are unique per rank.
+
+    The ranks of a pipeline stage have the same tensors in the same places.
+    """
     if manifest.parallelism.ranks > len(manifest.parts):
         raise ManifestInvalid(
             f"{node.path}: {len(manifest.parts)} parts: "
             f"{manifest.parallelism.ranks} ranks need at least one each"
         )
-    expected: list[tuple[int, int]] = []
-    for rank in range(manifest.parallelism.ranks):
-        count = max(1, len(manifest.rank_parts(rank)))
-        expected += [(rank, part) for part in range(count)]
+    counts = Counter(part.rank for part in manifest.parts)
+    ranks = range(manifest.parallelism.ranks)
+    expected = [(rank, part) for rank in ranks for part in range(max(1, counts[rank]))]
     found = [(part.rank, part.part) for part in manifest.parts]
     if found != expected:
         raise ManifestInvalid(
             f"{node.path}: (rank, part) pairs are {_shorten(found)}: "
             f"must be {_shorten(expected)}, every rank with its parts in order"
         )
-    for rank in range(manifest.parallelism.ranks):
-        names = [tensor.name for part in manifest.rank_parts(rank) for tensor in part.tensors]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ManifestInvalid(f"{node.path}: rank {rank} holds tensor {twice!r} twice")
+    of_stage: dict[int, list[tuple[TensorEntry, ...]]] = {}
+    for rank, parts in groupby(manifest.parts, lambda part: part.rank):
+        tensors = [part.tensors for part in parts]
+        twice = _twice(tensor.name for part in tensors for tensor in part)
+        if twice is not None:
+            raise ManifestInvalid(f"{node.path}: rank {rank} holds tensor {twice!r:.200} twice")
+        stage, first = divmod(rank, manifest.parallelism.tensor)
+        if tensors != of_stage.setdefault(stage, tensors):
+            raise ManifestInvalid(
+                f"{node.path}: rank {rank} has other tensors than rank {rank - first}"
+            )
 
 
 def _check_file_names(manifest: Manifest, root: _Node) -> None:
     names = [part.file for part in manifest.parts] + [file.file for file in manifest.files]
-    names.append(FILE_NAME)
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    twice = _twice([*names, FILE_NAME])
+    if twice is not None:
         raise ManifestInvalid(f"{root.path or 'document'}: file {twice!r} is named twice")
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """Return a name that is there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _shorten(pairs: list[tuple[int, int]]) -> str:

@@ -5,15 +5,16 @@ written: sizes against the parallelism, every source tensor against the sizes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import overload
 
 from headrace_checkpoint.config import DTYPES, ModelConfig
-from headrace_checkpoint.dtypes import ITEM_BYTES, tensor_bytes
+from headrace_checkpoint.cuts import Cut, joined, joined_shape, merged
 from headrace_checkpoint.errors import (
     ArchitectureUnsupported,
+    ConfigInvalid,
     ParallelismInvalid,
     SourceCorrupt,
     TensorMissing,
@@ -26,144 +27,28 @@ from headrace_checkpoint.layouts.rules import (
     Stage,
     Tensor,
 )
-from headrace_checkpoint.manifest import TENSOR_ALIGNMENT, TensorEntry, rank_file
+from headrace_checkpoint.plan import (
+    DEFAULT_PART_BYTES,
+    Fill,
+    Plan,
+    Segment,
+    Slice,
+    SourceTensor,
+    TargetTensor,
+    parts_of,
+)
 from headrace_checkpoint.quantization import (
     ONLINE_FP8,
     PLAIN,
     Format,
     Stored,
-    Use,
     parse_format,
     refuse_format,
 )
 
-DEFAULT_PART_BYTES = 4 * 1024**3
 _SUGGESTED_RANKS = 64
+_MAX_LAYERS = 10_000
 _SOURCE_DTYPES = tuple(DTYPES.values())
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor of the source model; `offset` counts bytes from the start of `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Rows and columns, as half-open ranges, of a source tensor seen as a matrix.
-
-    The first `row_axes` axes together are the rows, the others the columns; a vector has one
-    column. `transposed`, the elements are in the order of the columns. With
-    `use` "scale" the elements must be finite. With "fp8" and "fp8-scale" they are of the matrix
-    that is made of the rows converted to `dtype` (safetensors name): the quantized elements, or
-    one column of scales.
-    """
-
-    source: str
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    use: Use = ""
-    dtype: str = ""
-    row_axes: int = 1
-    transposed: bool = False
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Elements of one value that come from no source."""
-
-    elements: int
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """Slices of equally many rows side by side: a row of one is followed by that of the next."""
-
-    slices: tuple[Slice, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return sum(one.elements for one in self.slices)
-
-
-Segment = Slice | Fill | Beside
-
-
-@dataclass(frozen=True, slots=True)
-class TargetTensor:
-    """A tensor as each rank stores it; `by_rank[r]` are its segments in memory order."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    by_rank: tuple[tuple[Segment, ...], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes per rank."""
-        return tensor_bytes(self.dtype, self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class PartPlan:
-    """One file of every rank of a stage: its tensors as they are written, with their offsets.
-
-    `number` counts the parts of the `stage`, which is one of `stages`.
-    """
-
-    tensors: tuple[TargetTensor, ...]
-    entries: tuple[TensorEntry, ...]
-    number: int
-    stage: int
-    stages: int
-
-    @property
-    def ranks(self) -> range:
-        """The ranks that have this part, all tensor parallel ranks of the stage."""
-        count = len(self.tensors[0].by_rank)
-        return range(self.stage * count, (self.stage + 1) * count)
-
-    def file(self, rank: int) -> str:
-        """Return the name of the file of one of the ranks."""
-        return rank_file(rank, self.number, len(self.tensors[0].by_rank), self.stages)
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the data section."""
-        return self.entries[-1].offset + self.entries[-1].nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The whole checkpoint; `equal` are pairs of source tensors that must hold the same bytes.
-
-    `quantized` and `unquantized` are the source's linear layers, where it has a format.
-    """
-
-    architecture: str
-    tensor_parallel_size: int
-    parts: tuple[PartPlan, ...]
-    equal: tuple[tuple[str, str], ...]
-    ignored: tuple[str, ...]
-    quantized: tuple[str, ...] = ()
-    unquantized: tuple[str, ...] = ()
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of weights over all ranks."""
-        return self.tensor_parallel_size * sum(part.data_bytes for part in self.parts)
 
 
 def plan(
@@ -197,20 +82,12 @@ def plan(
     return Plan(
         architecture=architecture.name,
         tensor_parallel_size=tensor_parallel_size,
-        parts=tuple(_parts(targets, part_bytes)),
+        parts=tuple(parts_of(targets, part_bytes)),
         equal=equal,
         ignored=ignored,
         quantized=tuple(planner.quantized),
         unquantized=tuple(planner.unquantized),
     )
-
-
-def in_parts(whole: Plan, part_bytes: int) -> Plan:
-    """Return the plan with parts of another size."""
-    stages: list[list[TargetTensor]] = [[] for _ in range(whole.parts[0].stages)]
-    for part in whole.parts:
-        stages[part.stage] += part.tensors
-    return replace(whole, parts=tuple(_parts(stages, part_bytes)))
 
 
 def resolve_dtype(requested: str, config: ModelConfig, sources: Mapping[str, SourceTensor]) -> str:
@@ -253,10 +130,18 @@ class _Planner:
         self.expert_ranks = 1
         self.sizes = config.sizes(architecture)
         self.layers = self.sizes[architecture.layers]
+        self._check_count(architecture.sizes[architecture.layers].field, self.layers)
         self.sparse = config.sparse_layers(architecture.sparse_layers, self.layers)
         self.used: set[str] = set()
         self.quantized: list[str] = []
         self.unquantized: list[str] = []
+
+    def _check_count(self, field: str, layers: int) -> None:
+        """Raise ConfigInvalid for more layers than any model has, before one is looked at."""
+        if layers > _MAX_LAYERS:
+            raise ConfigInvalid(
+                f"config.json: {field}: {layers}: must be at most {_MAX_LAYERS}; correct it"
+            )
 
     def find_format(self, *, quantize: bool) -> Format | None:
         """Return the source's format; raises ArchitectureUnsupported where the table has none."""
@@ -345,13 +230,13 @@ class _Planner:
             if stored.last or (rule.stack and stored.last_of_expert):
                 del cuts[:-1]
             for rank in self._holders(rule, index):
-                by_rank[rank] += _joined([cut.segments(rank) for cut in cuts], stored)
-            shape = _joined_shape([cut.target_share for cut in cuts], stored)
+                by_rank[rank] += joined([cut.segments(rank) for cut in cuts], stored)
+            shape = joined_shape([cut.target_share for cut in cuts], stored)
         if rule.stack:
             experts = self.sizes[rule.stack] // self.expert_ranks
             shape = (experts, *shape) if stored.per != (0, 0) or shape != (1,) else (experts,)
-        merged = tuple(tuple(_merged(segments)) for segments in by_rank)
-        return TargetTensor(_in_place(rule.name, stored), dtype, shape, merged)
+        segments = tuple(tuple(merged(of_rank)) for of_rank in by_rank)
+        return TargetTensor(_in_place(rule.name, stored), dtype, shape, segments)
 
     def _holders(self, rule: Tensor, index: int) -> Sequence[int]:
         """Ranks that have one of stacked experts: with expert parallelism, consecutive ones."""
@@ -359,9 +244,7 @@ class _Planner:
             return range(self.ranks)
         return (index // (self.sizes[rule.stack] // self.expert_ranks),)
 
-    def _cut(
-        self, rule: Tensor, piece: Piece, stored: Stored, followed: bool, index: int
-    ) -> "_Cut":
+    def _cut(self, rule: Tensor, piece: Piece, stored: Stored, followed: bool, index: int) -> "Cut":
         """Check a piece's source tensor, and how ranks divide it, or that at `index` of it."""
         extents = tuple(map(self._extent, piece.shape))
         per = stored.per if len(extents) == 2 else (1,) * len(extents)
@@ -379,17 +262,17 @@ class _Planner:
             transposed=piece.transposed,
         )
         if stored.fixed:
-            return _Cut(template, stored.fixed, stored.fixed)
+            return Cut(template, stored.fixed, stored.fixed)
         whole_experts = rule.stack is not None and self.expert_ranks > 1
         position = index if piece.stacked else None
         if piece.on_first_rank and not whole_experts:
             first = (0, *[expected[0]] * (self.ranks - 1))
-            return _Cut(template, expected, expected, 0, first, position)
+            return Cut(template, expected, expected, 0, first, position)
         split = None if whole_experts else piece.split
         if split is None or not per[split.axis]:
             if followed and per[0] > 1 and extents[0] % per[0]:
                 raise self._uneven(source, extents[0], per[0], "rows")
-            return _Cut(template, expected, expected, index=position)
+            return Cut(template, expected, expected, index=position)
         axis, each = split.axis, per[split.axis]
         width = extents[axis] // self.sizes[split.unit]
         begin, end = (unit * width for unit in self._units(split, 0))
@@ -400,7 +283,7 @@ class _Planner:
         stored_axis = 1 - axis if stored.transposed else axis
         share = list(expected)
         share[stored_axis] = -(-(end - begin) // each)
-        return _Cut(template, expected, tuple(share), stored_axis, first, position)
+        return Cut(template, expected, tuple(share), stored_axis, first, position)
 
     def _uneven(self, source: str, count: int, each: int, what: str) -> ParallelismInvalid:
         name = self.format.name if self.format else ""
@@ -432,7 +315,9 @@ class _Planner:
         rule = self.architecture.dropped_layers
         if rule is None:
             return ()
-        layers = range(self.layers, self.layers + self.config.count(rule.count))
+        count = self.config.count(rule.count)
+        self._check_count(rule.count, count)
+        layers = range(self.layers, self.layers + count)
         return tuple(rule.prefix.replace("{layer}", str(layer)) for layer in layers)
 
     def _check_source(
@@ -555,48 +440,6 @@ class _Planner:
         return first, first + 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A source tensor of `shape` of which ranks have `share` each, from `first[rank]` of `axis`.
-
-    With `index` the source tensor is a stack of such tensors, and this is the one at `index`.
-    """
-
-    template: Slice
-    shape: tuple[int, ...]
-    share: tuple[int, ...]
-    axis: int | None = None
-    first: tuple[int, ...] = ()
-    index: int | None = None
-
-    @property
-    def target_share(self) -> tuple[int, ...]:
-        """The shape of a rank's share in the engine's tensor."""
-        return self.share[::-1] if self.template.transposed else self.share
-
-    def segments(self, rank: int) -> list[Segment]:
-        """Return a rank's share: of its source and, beyond that, zeros."""
-        rows, columns = (0, self.shape[0]), (0, math.prod(self.shape[1:]))
-        if self.axis is not None:
-            begin, end = (
-                min(self.first[rank] + count, self.shape[self.axis])
-                for count in (0, self.share[self.axis])
-            )
-            rows, columns = ((begin, end), columns) if self.axis == 0 else (rows, (begin, end))
-        found = self._slice(rows, columns)
-        segments: list[Segment] = [found] if found.elements else []
-        missing = math.prod(self.share) - found.elements
-        return [*segments, Fill(missing, 0.0)] if missing else segments
-
-    def _slice(self, rows: tuple[int, int], columns: tuple[int, int]) -> Slice:
-        if self.index is None:
-            return replace(self.template, rows=rows, columns=columns)
-        if len(self.shape) == 1:
-            return replace(self.template, rows=(self.index, self.index + 1), columns=rows)
-        begin, end = (self.index * self.shape[0] + row for row in rows)
-        return replace(self.template, rows=(begin, end), columns=columns, row_axes=2)
-
-
 def stage_layers(layers: int, stages: int) -> list[tuple[int, int]]:
     """Half-open ranges of the layers of each pipeline stage, as vLLM's get_pp_indices has them.
 
@@ -614,44 +457,6 @@ def _in_place(name: str, stored: Stored) -> str:
     return name if stored is PLAIN[0] else name.removesuffix("weight") + stored.suffix
 
 
-def _joined(pieces: Sequence[list[Segment]], stored: Stored) -> list[Segment]:
-    """Join pieces along the rows of the weight; transposed, these are columns."""
-    if stored.transposed and len(pieces) > 1:
-        slices = [one for segments in pieces for one in segments if isinstance(one, Slice)]
-        return [Beside(tuple(slices))]
-    return [segment for segments in pieces for segment in segments]
-
-
-def _merged(segments: Iterable[Segment]) -> Iterator[Segment]:
-    """Join slices of a stack that go on where the one before ends, and fills of one value."""
-    last: Segment | None = None
-    for segment in segments:
-        joined = _joined_to(last, segment)
-        if last is not None and joined is None:
-            yield last
-        last = joined or segment
-    if last is not None:
-        yield last
-
-
-def _joined_to(last: Segment | None, segment: Segment) -> Segment | None:
-    match last, segment:
-        case Fill(), Fill() if last.value == segment.value:
-            return Fill(last.elements + segment.elements, last.value)
-        case Slice(transposed=False), Slice() if last.rows[1] == segment.rows[0]:
-            joined = replace(last, rows=(last.rows[0], segment.rows[1]))
-            return joined if replace(segment, rows=joined.rows) == joined else None
-    return None
-
-
-def _joined_shape(shapes: Sequence[tuple[int, ...]], stored: Stored) -> tuple[int, ...]:
-    if stored.per == (0, 0):
-        return (len(shapes),)
-    if stored.transposed:
-        return shapes[0][0], sum(shape[1] for shape in shapes)
-    return sum(shape[0] for shape in shapes), *shapes[0][1:]
-
-
 @overload
 def _numbered(rule: Tensor, placeholder: str, number: int) -> Tensor: ...
 @overload
@@ -665,39 +470,3 @@ def _numbered(rule: Tensor | Constant, placeholder: str, number: int) -> Tensor 
         for piece in rule.pieces
     )
     return replace(rule, name=name, pieces=pieces)
-
-
-def _parts(stages: Sequence[Sequence[TargetTensor]], part_bytes: int) -> Iterator[PartPlan]:
-    for stage, targets in enumerate(stages):
-        for number, group in enumerate(_groups(targets, part_bytes)):
-            yield _part(group, number, stage, len(stages))
-
-
-def _groups(targets: Sequence[TargetTensor], part_bytes: int) -> Iterator[list[TargetTensor]]:
-    group: list[TargetTensor] = []
-    size = 0
-    for target in targets:
-        if group and size + target.nbytes > part_bytes:
-            yield group
-            group, size = [], 0
-        group.append(target)
-        size += target.nbytes
-    yield group
-
-
-def _part(targets: Sequence[TargetTensor], number: int, stage: int, stages: int) -> PartPlan:
-    """Order tensors so that all but small leftovers are aligned, and lay them back to back."""
-    ordered = sorted(targets, key=_alignment_order)
-    entries = []
-    offset = 0
-    for target in ordered:
-        entries.append(TensorEntry(target.name, target.dtype, target.shape, offset, target.nbytes))
-        offset += target.nbytes
-    return PartPlan(tuple(ordered), tuple(entries), number, stage, stages)
-
-
-def _alignment_order(target: TargetTensor) -> tuple[bool, int]:
-    """Multiples of the alignment first; then wide elements before narrow ones keep each aligned."""
-    if target.nbytes % TENSOR_ALIGNMENT == 0:
-        return (False, 0)
-    return (True, -ITEM_BYTES[target.dtype])

@@ -63,7 +63,7 @@ def delete(directory: Path) -> bool:
         read_manifest(directory)
     except (FileNotFoundError, ManifestInvalid) as error:
         raise CheckpointConflict(f"{directory}: is no checkpoint ({error}); left alone") from None
-    with holding(directory, exclusive=True) as held:
+    with writing(directory), holding(directory, exclusive=True) as held:
         if not held:
             why = "somebody has loaded it" if held is False else "the volume has no file locks"
             raise CheckpointInUse(f"{directory}: {why}; left alone")

@@ -58,8 +58,11 @@ def log(event: str, level: str = "info", /, **fields: object) -> None:
         return
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"level": level, "time": time, "event": event, **fields}
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it is gone; weights are not to go with it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report_termination(reason: str, message: str, **fields: object) -> None:

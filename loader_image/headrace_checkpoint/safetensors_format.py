@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from headrace_checkpoint.dtypes import ITEM_BYTES, tensor_bytes
 from headrace_checkpoint.errors import SourceCorrupt
-from headrace_checkpoint.manifest import TensorEntry
+from headrace_checkpoint.manifest import MAX_DIMENSIONS, MAX_INTEGER, TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000
 """The reference library's own limit."""
@@ -175,11 +175,14 @@ def _tensor(name: str, value: object) -> TensorEntry:
 
 
 def _naturals(name: str, field: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(
-        type(item) is int and 0 <= item < 2**63 for item in value
+    if (
+        not isinstance(value, list)
+        or len(value) > MAX_DIMENSIONS  # beyond it, multiplying alone can take hours
+        or not all(type(item) is int and 0 <= item <= MAX_INTEGER for item in value)
     ):
         raise SourceCorrupt(
-            f"tensor {_short(name)}: {field} {_short(value)}: must be a list of whole numbers >= 0"
+            f"tensor {_short(name)}: {field} {_short(value)}: must be a list of at most "
+            f"{MAX_DIMENSIONS} whole numbers >= 0"
         )
     return tuple(value)
 

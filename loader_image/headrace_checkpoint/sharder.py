@@ -3,38 +3,28 @@
 import functools
 import hashlib
 import json
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import cycle, groupby, zip_longest
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from headrace_checkpoint import digest
-from headrace_checkpoint.convert import (
-    STORAGE,
-    Array,
-    convert,
-    finite,
-    fp8_elements,
-    fp8_scales,
-    transpose,
-)
+from headrace_checkpoint.blocks import read_ahead, row_blocks
 from headrace_checkpoint.errors import (
     CheckpointError,
     ConfigInvalid,
     DigestMismatch,
     SourceChanged,
-    SourceCorrupt,
     StorageError,
 )
 from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import (
     CHUNK_BYTES,
+    MAX_PARTS,
     CopiedFile,
     Manifest,
     Parallelism,
@@ -42,18 +32,8 @@ from headrace_checkpoint.manifest import (
     copied_files,
 )
 from headrace_checkpoint.places import find_place
-from headrace_checkpoint.planner import (
-    DEFAULT_PART_BYTES,
-    Beside,
-    Fill,
-    PartPlan,
-    Plan,
-    Segment,
-    Slice,
-    in_parts,
-    plan,
-    resolve_dtype,
-)
+from headrace_checkpoint.plan import DEFAULT_PART_BYTES, PartPlan, Plan, in_parts, most_parts
+from headrace_checkpoint.planner import plan, resolve_dtype
 from headrace_checkpoint.progress import Progress
 from headrace_checkpoint.publish import find_published
 from headrace_checkpoint.report import log
@@ -69,10 +49,6 @@ from headrace_checkpoint.striping import check_striping, set_striping
 from headrace_checkpoint.verifier import compare_source, verify_part
 from headrace_checkpoint.writer import PartWriter
 
-BLOCK_BYTES = 8 * 1024 * 1024
-"""Source bytes read at a time; with the writers' chunks this bounds memory."""
-
-_BLOCKS_AHEAD = 4
 # They mostly wait for the disk, which needs several transfers under way. Readers are threads of
 # their own: behind a queue of chunks to be written, none would be read meanwhile.
 _WRITERS = 8
@@ -183,7 +159,7 @@ def _make(request: ShardRequest, source: Source) -> ShardResult:
         stripes = set_striping(directory, min(part_bytes, largest))
         data = directory / "checkpoint"
         make_directories(data)
-        files = [_copy(source, name, data).to_object() for name in source.files_to_copy()]
+        files = [_copy(source, name, data).to_object() for name in source.files_to_copy]
         return {"partBytes": part_bytes, "stripes": stripes, "files": files}
 
     with join(request.output, terms, prepare) as staging:
@@ -202,12 +178,13 @@ def _make(request: ShardRequest, source: Source) -> ShardResult:
 
 
 def _part_bytes(request: ShardRequest, checkpoint_plan: Plan) -> int:
-    """Bytes at which parts are closed, so that there are some for every worker."""
-    if request.part_bytes is not None:
-        return request.part_bytes
+    """Bytes at which parts are closed: some for every worker, not more than can be loaded."""
     ranks = request.tensor_parallel_size * request.pipeline_parallel_size
     share = checkpoint_plan.total_bytes // ranks // request.workers
-    return max(_SMALLEST_PART_BYTES, min(DEFAULT_PART_BYTES, share))
+    part_bytes = request.part_bytes or max(_SMALLEST_PART_BYTES, min(DEFAULT_PART_BYTES, share))
+    while most_parts(in_parts(checkpoint_plan, part_bytes)) > MAX_PARTS:
+        part_bytes *= 2
+    return part_bytes
 
 
 class _Worker:
@@ -391,7 +368,7 @@ def _check_equal(source: Source, copy: str, original: str) -> None:
         one, other = AlignedBuffer(), AlignedBuffer()
         same = all(
             np.array_equal(source.read(copy, rows, one), source.read(original, rows, other))
-            for rows in _row_blocks((0, first.shape[0]), source.row_bytes(copy))
+            for rows in row_blocks((0, first.shape[0]), source.row_bytes(copy))
         )
     if not same:
         raise ConfigInvalid(
@@ -423,116 +400,10 @@ def _write_part(
             )
             stack.callback(writer.close)
             writers.append(writer)
-        for blocks in _read_ahead(source, part_plan, executors.reading):
+        for blocks in read_ahead(source, part_plan, executors.reading):
             for rank, block in blocks:
                 writers[rank].append(block)
                 progress.add(block.nbytes)
         parts = [writer.finish() for writer in writers]
         list(executors.writing.map(PartWriter.sync, writers))
         return parts
-
-
-class _Piece(NamedTuple):
-    """The next elements of a rank's tensor, few enough to be read and converted at once."""
-
-    rank: int
-    dtype: str
-    segment: Segment
-
-    @property
-    def rows(self) -> tuple[tuple[str, tuple[int, int], int], ...]:
-        """Which rows of which source tensors it needs, and how many axes make the rows."""
-        return tuple((one.source, one.rows, one.row_axes) for one in _slices(self.segment))
-
-
-def _slices(segment: Segment) -> tuple[Slice, ...]:
-    if isinstance(segment, Beside):
-        return segment.slices
-    return () if isinstance(segment, Fill) else (segment,)
-
-
-_Blocks = list[tuple[int, Array]]
-"""Elements to append, by rank; they may lie in a buffer that is used again."""
-
-
-def _read_ahead(source: Source, part_plan: PartPlan, executor: Executor) -> Iterator[_Blocks]:
-    """Yield what to append, in order, while `executor` makes the _BLOCKS_AHEAD next ones."""
-    buffers = cycle([AlignedBuffer() for _ in range(_BLOCKS_AHEAD + 1)])
-    ahead: deque[Future[_Blocks]] = deque()
-    for _, pieces in groupby(_pieces(source, part_plan), lambda piece: piece.rows):
-        ahead.append(executor.submit(_read, source, list(pieces), next(buffers)))
-        if len(ahead) > _BLOCKS_AHEAD:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
-
-
-def _read(source: Source, pieces: list[_Piece], buffer: AlignedBuffer) -> _Blocks:
-    """Read the rows that the pieces have in common, once, and cut and convert them."""
-    found: dict[str, Array] = {}
-    for name, rows, row_axes in pieces[0].rows:
-        found[name] = source.read(name, rows, AlignedBuffer() if found else buffer, row_axes)
-    blocks = []
-    for rank, dtype, segment in pieces:
-        if isinstance(segment, Fill):
-            fill = np.full(segment.elements, segment.value, STORAGE["F32"])
-            blocks.append((rank, convert(fill, "F32", dtype)))
-            continue
-        arrays = [_made(source, one, found[one.source], dtype) for one in _slices(segment)]
-        blocks.append((rank, arrays[0] if len(arrays) == 1 else np.hstack(arrays)))
-    return blocks
-
-
-def _made(source: Source, wanted: Slice, rows: Array, dtype: str) -> Array:
-    """Cut and convert rows of a source tensor; raises SourceCorrupt for scales that are none."""
-    tensor = source.tensors[wanted.source]
-    if wanted.use.startswith("fp8"):
-        rows = convert(rows, tensor.dtype, wanted.dtype)
-        scales = fp8_scales(rows, wanted.dtype)
-        if not np.isfinite(scales).all():
-            raise SourceCorrupt(
-                f"{tensor.file}: tensor {wanted.source!r}: NaN or infinite in rows "
-                f"{wanted.rows[0]} to {wanted.rows[1] - 1}: FP8 needs finite weights"
-            )
-        made = scales if wanted.use == "fp8-scale" else fp8_elements(rows, wanted.dtype)
-        return made[:, slice(*wanted.columns)]
-    block = rows[:, slice(*wanted.columns)]
-    if wanted.use == "scale" and not finite(block, tensor.dtype):
-        raise SourceCorrupt(
-            f"{tensor.file}: tensor {wanted.source!r}: NaN or infinite in rows "
-            f"{wanted.rows[0]} to {wanted.rows[1] - 1}: scales must be finite; copy it again"
-        )
-    converted = convert(block, tensor.dtype, dtype)
-    return transpose(converted) if wanted.transposed else converted
-
-
-def _pieces(source: Source, part_plan: PartPlan) -> Iterator[_Piece]:
-    for tensor in part_plan.tensors:
-        for row in zip_longest(*(_cut(source, segments) for segments in tensor.by_rank)):
-            for rank, segment in enumerate(row):
-                if segment is not None:
-                    yield _Piece(rank, tensor.dtype, segment)
-
-
-def _cut(source: Source, segments: Iterable[Segment]) -> Iterator[Segment]:
-    """Cut a rank's segments into blocks."""
-    for segment in segments:
-        if isinstance(segment, Fill):
-            for begin in range(0, segment.elements, BLOCK_BYTES):
-                yield Fill(min(BLOCK_BYTES, segment.elements - begin), segment.value)
-        elif isinstance(segment, Slice) and segment.transposed:
-            yield segment  # the first element of its last row comes before the second of its first
-        elif isinstance(segment, Slice):
-            width = source.row_bytes(segment.source, segment.row_axes)
-            for rows in _row_blocks(segment.rows, width):
-                yield replace(segment, rows=rows)
-        else:
-            width = sum(source.row_bytes(one.source) for one in segment.slices)
-            for rows in _row_blocks(segment.slices[0].rows, width):
-                yield Beside(tuple(replace(one, rows=rows) for one in segment.slices))
-
-
-def _row_blocks(rows: tuple[int, int], row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for begin in range(*rows, step):
-        yield begin, min(begin + step, rows[1])

@@ -19,9 +19,10 @@ from headrace_checkpoint.errors import (
     SourceNotFound,
     TensorMissing,
 )
-from headrace_checkpoint.manifest import CopiedFile
+from headrace_checkpoint.manifest import CopiedFile, is_plain_file
 from headrace_checkpoint.places import OpenFile, Place
-from headrace_checkpoint.planner import SourceTensor
+from headrace_checkpoint.plan import SourceTensor
+from headrace_checkpoint.report import log
 from headrace_checkpoint.safetensors_format import read_header
 from headrace_checkpoint.storage import AlignedBuffer
 
@@ -44,12 +45,14 @@ _MAX_SMALL_FILE = 256 * 1024 * 1024
 class Source:
     """An opened source model; holds a descriptor per weight file until closed.
 
-    `tensors` is the union of all files' headers, by name.
+    `tensors` is the union of all files' headers, by name; `files_to_copy` names the configuration
+    and tokenizer files, which engines want beside the weights.
     """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._names = place.names()
+        self.files_to_copy = self._files_to_copy()
         if "config.json" not in self._names:
             raise ConfigInvalid(
                 f"{place}/config.json: missing; the source must be a model directory"
@@ -113,7 +116,7 @@ class Source:
         The digest is of a copied file's content; of a weight file's version, where its place has
         one, as S3 has ETags; else of its header and of some bytes in the middle of every tensor.
         """
-        copied = (self._content_print(name) for name in self.files_to_copy())
+        copied = (self._content_print(name) for name in self.files_to_copy)
         return (*copied, *(self._weights_print(name) for name in sorted(self._files)))
 
     def _content_print(self, name: str) -> CopiedFile:
@@ -136,9 +139,12 @@ class Source:
                 found.update(file.read_aligned(tensor.offset + begin, length, buffer))
         return CopiedFile(name, file.size, found.hexdigest())
 
-    def files_to_copy(self) -> list[str]:
-        """Names of configuration and tokenizer files, which engines want beside the weights."""
-        return [n for n in self._names if any(fnmatchcase(n, pattern) for pattern in _COPIED)]
+    def _files_to_copy(self) -> list[str]:
+        found = [n for n in self._names if any(fnmatchcase(n, pattern) for pattern in _COPIED)]
+        left_out = [name for name in found if not is_plain_file(name)]
+        if left_out:
+            log("files-left-out", "warning", files=left_out, reason="no plain file names")
+        return [name for name in found if name not in left_out]
 
     def read_small_file(self, name: str) -> bytes:
         """Read a whole configuration file; raises SourceNotFound, SourceCorrupt, StorageError."""

@@ -243,7 +243,7 @@ def work_path(target: Path) -> Path:
 def discard(path: Path) -> None:
     """Remove a directory: at once for whoever looks for it under its name."""
     dead = _sibling(path, "dead")
-    with suppress(FileNotFoundError), writing(path):
+    with writing(path), suppress(FileNotFoundError):
         path.rename(dead)
     shutil.rmtree(dead, ignore_errors=True)
     if dead.exists():

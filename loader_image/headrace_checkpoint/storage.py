@@ -156,12 +156,21 @@ class SourceFile:
         while done < needed:
             fd = self._descriptor(offset + done, len(buffer) - done)
             with reading(self.path):
-                count = os.preadv(fd, [buffer[done:]], offset + done)
+                count = self._read(fd, buffer[done:], offset + done)
             if count == 0:
                 raise SourceCorrupt(
                     f"{self.path}: ends at byte {offset + done}; copy the file again"
                 )
             done += count
+
+    def _read(self, fd: int, buffer: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(fd, [buffer], offset)
+        except OSError as error:
+            if fd == self._fd or error.errno != errno.EINVAL:
+                raise
+            _log_no_direct_transfers(self.path.parent, str(error))
+            return os.preadv(self._fd, [buffer], offset)
 
     def read_aligned(self, offset: int, length: int, buffer: AlignedBuffer) -> memoryview:
         """Read `length` bytes as part of an aligned transfer; returns their place in `buffer`."""
@@ -211,9 +220,27 @@ def write_at(fd: int, path: Path, offset: int, data: bytes | memoryview) -> None
         if (offset | len(view)) % DIRECT_ALIGNMENT:
             set_direct(fd, path, False)
         with writing(path):
-            count = os.pwrite(fd, view, offset)
+            count = _write(fd, path, view, offset)
         view = view[count:]
         offset += count
+
+
+def _write(fd: int, path: Path, data: memoryview, offset: int) -> int:
+    """Write some; some file systems take the flag for direct transfers and refuse the transfer."""
+    try:
+        return os.pwrite(fd, data, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _log_no_direct_transfers(path.parent, str(error))
+        set_direct(fd, path, False)
+        return os.pwrite(fd, data, offset)
+
+
+def close(fd: int, path: Path) -> None:
+    """Close what was written: on a network file system this, too, can say that it did not fit."""
+    with writing(path):
+        os.close(fd)
 
 
 def sync(fd: int, path: Path) -> None:
@@ -249,7 +276,7 @@ def write_file(path: Path, content: bytes) -> None:
         write_at(fd, path, 0, content)
         sync(fd, path)
     finally:
-        os.close(fd)
+        close(fd, path)
 
 
 def file_system_type(path: Path) -> int:

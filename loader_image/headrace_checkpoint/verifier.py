@@ -6,8 +6,21 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from headrace_checkpoint.digest import digester
-from headrace_checkpoint.errors import DigestMismatch, SourceChanged, SourceCorrupt, SourceNotFound
-from headrace_checkpoint.manifest import CopiedFile, Manifest, Part, read_manifest
+from headrace_checkpoint.errors import (
+    DigestMismatch,
+    ManifestInvalid,
+    SourceChanged,
+    SourceCorrupt,
+    SourceNotFound,
+)
+from headrace_checkpoint.manifest import (
+    FILE_NAME,
+    CopiedFile,
+    Manifest,
+    Part,
+    check_self_digest,
+    read_manifest_and_content,
+)
 from headrace_checkpoint.places import find_place
 from headrace_checkpoint.progress import Progress
 from headrace_checkpoint.report import log
@@ -22,7 +35,12 @@ def verify(directory: Path) -> Manifest:
     Raises FileNotFoundError where there is no manifest, ManifestInvalid, and
     DigestMismatch naming file and tensors of the first difference.
     """
-    manifest = read_manifest(directory)
+    manifest, content = read_manifest_and_content(directory)
+    try:
+        if not check_self_digest(content):
+            log("manifest-not-compared", "warning", error="it has no digest of itself")
+    except ManifestInvalid as error:
+        raise ManifestInvalid(f"{directory / FILE_NAME}: {error}") from None
     for file in manifest.files:
         _verify_file(directory, file)
     with Progress(manifest.total_bytes) as progress:

@@ -1,6 +1,5 @@
 """Writes one part file: sequential data, digested chunk by chunk while it goes out."""
 
-import os
 from collections import deque
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -11,10 +10,11 @@ from headrace_checkpoint.convert import Array
 from headrace_checkpoint.digest import digester
 from headrace_checkpoint.errors import InternalError
 from headrace_checkpoint.manifest import CHUNK_BYTES, DATA_ALIGNMENT, Part
-from headrace_checkpoint.planner import PartPlan
+from headrace_checkpoint.plan import PartPlan
 from headrace_checkpoint.safetensors_format import build_header
 from headrace_checkpoint.storage import (
     AlignedBuffer,
+    close,
     create_file,
     set_direct,
     sync,
@@ -93,7 +93,7 @@ class PartWriter:
         for future in self._in_flight:
             if not future.cancelled():
                 future.exception()
-        os.close(self._fd)
+        close(self._fd, self._path)
 
     def _submit(self) -> None:
         offset = len(self._header) + self._written

@@ -23,7 +23,7 @@ _DESCRIPTOR_BYTES = array.array("i").itemsize
 
 
 class Channel:
-    """One end of a connection; owns the socket. For one reading and one writing thread.
+    """One end of a connection; owns the socket. For one thread at a time, but for `interrupt`.
 
     `accept_descriptors=False` makes the kernel drop what the peer attaches.
     """

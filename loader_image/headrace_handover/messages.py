@@ -27,6 +27,7 @@ _MAX_TEXT = 4096
 _MAX_DTYPE = 32
 _MAX_DIMENSIONS = 64
 _FIELDS = itemgetter("name", "dtype", "shape", "offset", "bytes")
+_SHAPE = itemgetter("shape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +221,10 @@ def _tensors(node: "_Node", data_bytes: int) -> tuple[Tensor, ...]:
 
 
 def _rows(values: list[Any]) -> list[tuple[Any, ...]]:
-    """Return name, dtype, shape, offset and bytes of each; nothing where one is missing."""
+    """Return name, dtype, shape, offset and bytes of each; nothing where one is no tensor's."""
     try:
+        if {*map(type, map(_SHAPE, values))} != {list}:
+            return []
         return [
             (name, dtype, tuple(shape), offset, nbytes)
             for name, dtype, shape, offset, nbytes in map(_FIELDS, values)

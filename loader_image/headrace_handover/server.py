@@ -203,8 +203,10 @@ class HandoverServer:
     def _serve_and_close(self, channel: Channel, number: int, pid: int) -> None:
         try:
             self._serve(channel, number, pid)
-        except (HandoverError, OSError) as error:
+        except HandoverError as error:
             _LOG.debug("handover connection %d ended: %s", number, error)
+        except OSError as error:  # such as too many descriptors on their way (ETOOMANYREFS)
+            _LOG.warning("handover connection %d failed: %s", number, error)
         finally:
             channel.close()
             self._forget(number)
@@ -216,16 +218,23 @@ class HandoverServer:
             self._refuse(channel, Failure("ProtocolViolation", str(error)), wait=1.0)
         if request is None:
             return
-        answer = self._source.answer(request)
-        while isinstance(answer, Loading):
+        while isinstance(answer := self._source.answer(request), Loading):
             channel.send(answer.encode(), deadline=time.monotonic() + self._limits.send_seconds)
-            self._source.wait(self._limits.progress_seconds)
-            if self._closing:
-                raise PeerClosed("the server is closing")
-            answer = self._source.answer(request)
+            self._wait(request)
         if isinstance(answer, Failure):
             self._refuse(channel, answer, wait=1.0)
         self._hand_over(channel, answer, Peer(number, request.rank, request.device, pid))
+
+    def _wait(self, request: Request) -> None:
+        """Wait until the weights are there, at most for the time between two messages."""
+        due = time.monotonic() + self._limits.progress_seconds
+        while isinstance(self._source.answer(request), Loading):
+            left = due - time.monotonic()
+            if left <= 0:
+                return
+            self._source.wait(left)  # may return at any change, such as each step of the progress
+            if self._closing:
+                raise PeerClosed("the server is closing")
 
     def _receive_request(self, channel: Channel) -> Request | None:
         deadline = time.monotonic() + self._limits.request_seconds

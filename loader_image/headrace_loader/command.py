@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
+from headrace_checkpoint import signals
+
 DEFAULT_URL = "http://127.0.0.1:9400"
 _OWN = ("shard", "verify", "delete", "load")
 
@@ -21,12 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for point in entry_points(group="headrace.cli", name="main"):
             command: Callable[[Sequence[str]], int] = point.load()
             return command(given)
-    return _run(given)
+    with signals.kept():
+        return _run(given)
 
 
 def _run(arguments: Sequence[str]) -> int:
     try:
         from headrace_checkpoint.cli import parser as checkpoint_parser
+        from headrace_checkpoint.cli import run as run_checkpoint
         from headrace_checkpoint.report import add_form
     except ModuleNotFoundError as error:
         sys.stderr.write(f"headrace: {error.name} is missing; install headrace-loader[loader]\n")
@@ -46,8 +50,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command is not _load and others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     options.others = others
-    code: int = options.command(options)
-    return code
+    return _load(options) if options.command is _load else run_checkpoint(options)
 
 
 def _load(options: argparse.Namespace) -> int:

@@ -15,8 +15,9 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -31,6 +32,7 @@ MAX_BYTES = 8 << 30
 MAX_FILES = 100_000
 
 _RESTORE_SECONDS = 30.0
+_STEP_SECONDS = 0.1
 _LEFTOVER_SECONDS = 3600.0
 _POLL_SECONDS = 1.0
 _REQUEST_SECONDS = 2.0
@@ -71,11 +73,14 @@ class EngineCache:
         """Restore in a thread, beside the reading of weights."""
         self._restoring.start()
 
-    def wait(self) -> None:
+    def wait(self, given_up: Callable[[], bool]) -> None:
         """Return when the engine may start: caches are restored, or that takes too long."""
-        self._restoring.join(_RESTORE_SECONDS)
-        if self._restoring.is_alive():
-            log("engine-cache", "warning", message=f"no end after {_RESTORE_SECONDS:g} s")
+        deadline = time.monotonic() + _RESTORE_SECONDS
+        while self._restoring.is_alive() and not given_up():
+            if time.monotonic() >= deadline:
+                log("engine-cache", "warning", message=f"no end after {_RESTORE_SECONDS:g} s")
+                return
+            self._restoring.join(_STEP_SECONDS)
 
     def watch(self) -> None:
         """Wait in a thread for the engine, and publish what it compiled."""
@@ -94,8 +99,8 @@ class EngineCache:
             files = self._unpack()
         except FileNotFoundError:
             self._say(EngineCachePhase.MISSING, f"{self._file}: nothing compiled yet")
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
-            self._say(EngineCachePhase.FAILED, f"{self._file}: {error}")
+        except Exception as error:  # noqa: BLE001 - zipfile lets through what zlib and lzma raise
+            self._say(EngineCachePhase.FAILED, f"{self._file}: {type(error).__name__}: {error}")
         else:
             self._restored = files
             self._say(EngineCachePhase.RESTORED, str(self._file), files)
@@ -188,11 +193,12 @@ def _field(path: Path, name: str) -> str:
 
 def _answers(url: str) -> bool:
     import urllib.request  # here, where the weights are loaded: it would delay them
+    from http.client import HTTPException
 
     try:
         with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS):  # noqa: S310 - the pod's own
             return True
-    except OSError:  # URLError is one
+    except (OSError, HTTPException):  # URLError is an OSError
         return False
 
 

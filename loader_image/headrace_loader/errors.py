@@ -79,18 +79,6 @@ class RuntimeDirectoryUnusable(LoaderError):
 
 
 PUBLISHED: dict[str, type[LoaderError]] = {
-    kind.__name__: kind
-    for kind in (
-        InternalError,
-        CheckpointMissing,
-        ManifestInvalid,
-        ParallelismMismatch,
-        DigestMismatch,
-        BackendUnavailable,
-        DirectPathUnavailable,
-        OutOfMemory,
-        StorageError,
-        RuntimeDirectoryUnusable,
-    )
+    kind.__name__: kind for kind in LoaderError.__subclasses__()
 }
 """Classes by reason, to raise again what another process reported."""

@@ -41,7 +41,7 @@ def copy_engine_side(target: Path) -> None:
                 _replace(fresh, target, entry)
     except OSError as error:
         raise RuntimeDirectoryUnusable(
-            f"--plugin-dir {target}: {error.strerror}; it must be writable by this user"
+            f"--plugin-dir {target}: {error.strerror or error}; it must be writable by this user"
         ) from None
 
 

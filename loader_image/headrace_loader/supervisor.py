@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from headrace_checkpoint import signals
 from headrace_checkpoint.lease import holding
 from headrace_checkpoint.report import log
 from headrace_handover.channel import close_all
@@ -29,8 +30,10 @@ from headrace_loader.errors import (
     CheckpointMissing,
     InternalError,
     LoaderError,
+    ManifestInvalid,
     OutOfMemory,
     RuntimeDirectoryUnusable,
+    StorageError,
 )
 from headrace_loader.lease import Lease
 from headrace_loader.state import LoaderState, Phase, RankState, Settings
@@ -48,6 +51,7 @@ HANDOVER_DIRECTORY = "handover"
 
 _LEASE_POLL_SECONDS = 0.5
 _FAREWELL_SECONDS = 0.3
+_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +78,11 @@ class Options:
         return range(self.node_rank * count, (self.node_rank + 1) * count)
 
 
+@dataclass(frozen=True, slots=True)
 class Stop:
     """News: a signal asked the loader to end."""
+
+    signal: str
 
 
 News = WorkerNews | Stop
@@ -111,8 +118,10 @@ class Supervisor:
 
     def run(self) -> None:
         """Load and hold. Raises LoaderError, having told waiting engines and the status."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals.STOPPING:
             signal.signal(number, self._stop)
+        signals.release()
+        system.allow_open_files()
         with ExitStack() as stack:
             lease = self._open_lease()
             stack.callback(lease.close)
@@ -165,8 +174,15 @@ class Supervisor:
             ) from None
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        log("stopping", signal=signal.Signals(number).name)
-        self._news.put(Stop())
+        # Nothing else: it may interrupt a log line, which must not be begun within another.
+        self._news.put(Stop(signal.Signals(number).name))
+
+    def _next(self, seconds: float | None = None) -> News:
+        """Wait for news; raises queue.Empty where there are none in time."""
+        news = self._news.get(timeout=seconds)
+        if isinstance(news, Stop):
+            log("stopping", signal=news.signal)
+        return news
 
     def _live(self, lease: Lease) -> None:
         try:
@@ -177,7 +193,7 @@ class Supervisor:
             loaded = self._load(self._started or self._start_workers(), checkpoint, lease)
         finally:
             self._end_workers()
-        while loaded and not isinstance(self._news.get(), Stop):
+        while loaded and not isinstance(self._next(), Stop):
             pass  # what workers still say after a load is of no interest
 
     def _read_checkpoint(self) -> Checkpoint:
@@ -196,8 +212,10 @@ class Supervisor:
         directory = self._options.checkpoint
         try:
             held = self._kept.enter_context(holding(directory))
-        except OSError as error:
+        except FileNotFoundError as error:
             raise CheckpointMissing(f"--checkpoint {directory}: {error.strerror}") from error
+        except OSError as error:
+            raise StorageError(f"--checkpoint {directory}: {error.strerror}") from error
         if held is False:
             raise CheckpointMissing(f"--checkpoint {directory}: is being deleted")
 
@@ -215,7 +233,7 @@ class Supervisor:
         log("orphaned", "warning", message=message)
         while not lease.acquire():
             try:
-                if isinstance(self._news.get(timeout=_LEASE_POLL_SECONDS), Stop):
+                if isinstance(self._next(_LEASE_POLL_SECONDS), Stop):
                     return False
             except queue.Empty:
                 continue
@@ -238,20 +256,17 @@ class Supervisor:
         load.tensors = {rank: _tensors(checkpoint, rank) for rank in load.missing}
         # Ready says that no worker is left, either.
         while load.running:
-            news = self._news.get()
+            news = self._next()
             if isinstance(news, Stop):
                 return False
             self._take(news, load, checkpoint, lease)
         if self._engine_cache:
-            self._engine_cache.wait()
+            self._engine_cache.wait(lambda: not self._news.empty())  # a wish to stop, no less
             self._engine_cache.watch()
         with self._state.changing():
             self._state.enter(Phase.READY, "weights are resident and verified")
             self._state.mark("ready")
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
-        for rank in self._state.ranks:
-            if rank.offer is not None:
-                rank.offer.line  # noqa: B018 - made now, no engine waits for it
         return True
 
     def _start_workers(self) -> _Load:
@@ -265,8 +280,12 @@ class Supervisor:
 
     def _end_workers(self) -> None:
         """Whatever they still do: a load was given up, or is complete."""
-        for worker in self._started.workers if self._started else ():
-            worker.stop()
+        workers = self._started.workers if self._started else []
+        for worker in workers:
+            worker.kill()
+        deadline = time.monotonic() + _END_SECONDS  # of all: storage that hangs keeps them alive
+        for worker in workers:
+            worker.stop(deadline - time.monotonic())
         self._drain()
 
     def _drain(self) -> None:
@@ -325,7 +344,13 @@ class Supervisor:
             rank.offer = offer
             if self._state.resident:
                 self._state.mark("resident")
-        offer.prepare()  # while the engine's container starts
+        try:
+            offer.prepare()  # while the engine's container starts
+        except ValueError as error:
+            raise ManifestInvalid(
+                f"--checkpoint {self._options.checkpoint}: rank {rank.rank}: {error}; shard the "
+                "model for more ranks"
+            ) from None
 
     def _log_path(self, rank: RankState, report: PathReport) -> None:
         """Say which way the bytes take; a way worse than what was wished for is a warning."""

@@ -1,6 +1,7 @@
 """What the loader asks the kernel about itself: its start, its memory, whether it ran out."""
 
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -15,6 +16,12 @@ def process_start_time() -> float:
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     since_boot = int(fields[_START_TIME_FIELD]) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
+def allow_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: each part of each rank takes one."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_memory(needed: int) -> None:

@@ -7,15 +7,18 @@ beside the loader, or through `kubectl port-forward POD 9400`.
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from headrace_checkpoint import signals
 from headrace_checkpoint.report import ArgumentParser, add_form
 from headrace_loader.state import Phase
 
@@ -23,6 +26,7 @@ _POLL_SECONDS = 0.2
 _REQUEST_SECONDS = 5.0
 _MAX_BYTES = 1 << 20
 _MAX_SECONDS = 86400.0
+_INTERRUPTED = 128 + signal.SIGINT
 _OVER = (Phase.READY, Phase.ORPHANED, Phase.FAILED)
 
 Status = dict[str, Any]
@@ -39,10 +43,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     bars = Bars() if options.form == "text" else None
     try:
+        signals.release()
         status = watch(lambda: fetch(options.url), options.timeout, bars)
     except TimeoutError as error:
         print(f"{options.url}: {error}; is a loader running there?", file=sys.stderr)
         return os.EX_UNAVAILABLE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     print(summary(status) if bars else json.dumps(status))
     return 0 if status["phase"] != Phase.FAILED else os.EX_DATAERR
 
@@ -113,11 +120,11 @@ def summary(status: Status) -> str:
 
 def fetch(url: str) -> Status:
     """Return the status document of a loader. Raises OSError, also for an answer that is none."""
-    with urllib.request.urlopen(f"{url}/v1/status", timeout=_REQUEST_SECONDS) as response:  # noqa: S310 - http alone, see _url
-        try:
+    try:
+        with urllib.request.urlopen(f"{url}/v1/status", timeout=_REQUEST_SECONDS) as response:  # noqa: S310 - http alone, see _url
             status = json.loads(response.read(_MAX_BYTES))
-        except ValueError:
-            status = None
+    except (ValueError, HTTPException):
+        status = None
     if not isinstance(status, dict) or "ranks" not in status:
         raise OSError("the answer is no loader's status")
     return status

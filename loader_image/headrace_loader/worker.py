@@ -4,6 +4,7 @@ A process of its own per rank lets each open one device and leave nothing behind
 """
 
 import os
+import select
 import socket
 import sys
 import threading
@@ -42,7 +43,7 @@ class SupervisorLink:
     def __init__(self, descriptor: int) -> None:
         self._channel = Channel(socket.socket(fileno=descriptor), accept_descriptors=False)
         self._lock = threading.Lock()
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=_end_with, args=(descriptor,), daemon=True).start()
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Send a message; safe from any thread."""
@@ -53,11 +54,16 @@ class SupervisorLink:
         except HandoverError:
             _end()
 
-    def _watch(self) -> None:
-        try:
-            self._channel.receive(limit=1, deadline=None)
-        finally:
-            _end()
+
+def _end_with(descriptor: int) -> None:
+    """End when the other side of a socket is gone; it never sends anything.
+
+    By poll, not by the channel: its time limits are those of the thread that sends.
+    """
+    end = select.poll()
+    end.register(descriptor, select.POLLIN)
+    end.poll()
+    _end()
 
 
 def _end() -> NoReturn:

@@ -13,9 +13,14 @@ from headrace_handover.channel import Channel
 from headrace_handover.errors import HandoverError
 from headrace_loader.backends import PartSource, PathPolicy
 from headrace_loader.errors import InternalError
-from headrace_loader.worker_protocol import MAX_LINE_BYTES, Filled, Message, decode, encode_plan
-
-_END_SECONDS = 10.0
+from headrace_loader.worker_protocol import (
+    MAX_LINE_BYTES,
+    Failed,
+    Filled,
+    Message,
+    decode,
+    encode_plan,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +90,10 @@ class WorkerProcess:
         """Kill the worker unless it has ended; its end will be in the news."""
         self._process.kill()
 
-    def stop(self) -> None:
-        """Kill the worker unless it has ended, and wait for it."""
+    def stop(self, seconds: float) -> None:
+        """Kill the worker unless it has ended, and wait for it, not longer than `seconds`."""
         self.kill()
-        self._thread.join(_END_SECONDS)
+        self._thread.join(max(0.0, seconds))
         with contextlib.suppress(OSError):
             self._plan.close()
 
@@ -96,7 +101,8 @@ class WorkerProcess:
         try:
             self._receive_all()
         except (HandoverError, InternalError) as error:
-            sys.stderr.write(f"worker of rank {self.rank}: {error}\n")
+            text = f"rank {self.rank}: what the worker sent cannot be used: {error}"
+            self._news(WorkerEvent(self.rank, Failed(InternalError.__name__, text)))
             self._process.kill()
         finally:
             self._channel.close()

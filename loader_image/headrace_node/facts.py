@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headrace_node.host import Host
+from headrace_node.host import NO_SUCH_PROGRAM, Host
 
 GDSCHECK = ("/usr/local/cuda/gds/tools/gdscheck", "/usr/local/cuda/gds/tools/gdscheck.py")
 _AMAZON_LINUX = ("amzn", "2023")
@@ -175,11 +175,10 @@ def _lustre_mounts(mounts: str) -> Iterator[str]:
 
 def _gds_of_lustre(host: Host) -> str:
     """Return gdscheck's word on Lustre, Supported or Unsupported; empty without gdscheck."""
-    for program in GDSCHECK:
-        if host.exists(program):
-            found = re.search(
-                r"^\s*lustre\s*:\s*(\w+)", host.ask(program, "-p").output, re.I | re.M
-            )
+    for program in GDSCHECK:  # asked for, not looked for: /usr/local/cuda is an absolute link
+        outcome = host.ask(program, "-p")
+        if outcome.status != NO_SUCH_PROGRAM:
+            found = re.search(r"^\s*lustre\s*:\s*(\w+)", outcome.output, re.I | re.M)
             return found[1] if found else ""
     return ""
 

@@ -19,25 +19,29 @@ class OwnFile:
         """Whether it is there as it should be."""
         return host.read(self.path) == self.content
 
+    def is_ours(self, host: Host) -> bool:
+        """Whether it was written here, and not taken back."""
+        return host.exists(self._mark)
+
     def put(self, host: Host) -> None:
         """Write it, and keep what was there before; raises StepFailed."""
-        before = host.read(self.path)
-        if before is not None and not host.exists(self._mark):
-            host.write(self._kept, before)
+        if not self.is_ours(host):
+            host.remove(self._kept)
+            if host.exists(self.path):
+                host.copy(self.path, self._kept)
         host.write(self._mark, self.path + "\n")
         host.write(self.path, self.content)
 
     def take_back(self, host: Host) -> None:
         """Bring back what was there before; nothing where the file is not ours."""
-        if not host.exists(self._mark):
+        if not self.is_ours(host):
             return
-        before = host.read(self._kept)
-        if before is None:
-            host.remove(self.path)
+        if host.exists(self._kept):
+            host.copy(self._kept, self.path)
         else:
-            host.write(self.path, before)
-            host.remove(self._kept)
-        host.remove(self._mark)
+            host.remove(self.path)
+        host.remove(self._mark)  # before what was kept: it says whose the file is
+        host.remove(self._kept)
 
     @property
     def _kept(self) -> str:

@@ -4,6 +4,8 @@ A container with hostPID sees the node's files below /proc/1/root, and runs its 
 nsenter in the namespaces of its first process.
 """
 
+import os
+import stat
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,9 @@ from pathlib import Path
 from headrace_node.errors import StepFailed
 
 NODE_ROOT = Path("/proc/1/root")
+NO_SUCH_PROGRAM = 127
+"""Status where there is no such program; nsenter's, too."""
+
 _PROGRAM_SECONDS = 300.0
 _MAX_SHOWN = 400
 _ENTER = ("nsenter", "--target", "1", "--mount", "--uts", "--ipc", "--net", "--")
@@ -19,7 +24,7 @@ _ENTER = ("nsenter", "--target", "1", "--mount", "--uts", "--ipc", "--net", "--"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended; 127 is that there is no such program."""
+    """How a program ended."""
 
     status: int
     output: str
@@ -46,7 +51,7 @@ def run_here(arguments: Sequence[str]) -> Outcome:
             check=False,
         )
     except FileNotFoundError:
-        return Outcome(127, f"{arguments[0]}: not found")
+        return Outcome(NO_SUCH_PROGRAM, f"{arguments[0]}: not found")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Outcome(126, str(error))
     return Outcome(ended.returncode, ended.stdout.decode(errors="replace"))
@@ -120,25 +125,46 @@ class Host:
         if self.read(path) == content:
             return
         self.changes.append(f"write {path}")
+        if not self.dry_run:
+            self._replace(path, content.encode(), 0o644)
+
+    def copy(self, path: str, to: str) -> None:
+        """Copy a file with its mode, whole or not at all; raises StepFailed."""
+        self.changes.append(f"write {to}")
         if self.dry_run:
             return
+        try:
+            content, mode = self.path(path).read_bytes(), self.path(path).stat().st_mode
+        except OSError as error:
+            raise StepFailed(f"read {path}: {error.strerror}") from None
+        self._replace(to, content, stat.S_IMODE(mode))
+
+    def remove(self, path: str) -> None:
+        """Remove a file that may be missing; raises StepFailed."""
+        if not self.exists(path):
+            return
+        self.changes.append(f"remove {path}")
+        if self.dry_run:
+            return
+        try:
+            self.path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise StepFailed(f"remove {path}: {error.strerror}") from None
+
+    def _replace(self, path: str, content: bytes, mode: int) -> None:
+        """Put a file in place that is whole also after a loss of power."""
         target = self.path(path)
         temporary = target.with_name(f".{target.name}.headrace")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(content)
-            temporary.chmod(0o644)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
             temporary.replace(target)
         except OSError as error:
             raise StepFailed(f"write {path}: {error.strerror}") from None
-
-    def remove(self, path: str) -> None:
-        """Remove a file that may be missing."""
-        if not self.exists(path):
-            return
-        self.changes.append(f"remove {path}")
-        if not self.dry_run:
-            self.path(path).unlink(missing_ok=True)
 
     def path(self, path: str) -> Path:
         """Return where a path of the node is here."""

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _apply(cluster: Cluster, path: str, body: Mapping[str, Any]) -> None:
             response.read(_MAX_BYTES)
     except urllib.error.HTTPError as error:
         raise _refused(path, error) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise PublishFailed(f"PATCH {path}: {error}; check the network to the API server") from None
 
 

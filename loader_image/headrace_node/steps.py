@@ -179,10 +179,12 @@ def _write_unit(node: Node) -> None:
 
 
 def _remove_unit(node: Node) -> None:
-    if not node.host.exists(unit.UNIT_PATH):
+    ours = [file for file in _unit_files(node) if file.is_ours(node.host)]
+    if not ours:
         return
-    node.host.change("systemctl", "disable", unit.NAME)
-    for file in _unit_files(node):
+    if node.host.exists(unit.UNIT_PATH):
+        node.host.change("systemctl", "disable", unit.NAME)
+    for file in ours:
         file.take_back(node.host)
     node.host.change("systemctl", "daemon-reload")
 
@@ -227,7 +229,7 @@ def apply(host: Host, steps: Sequence[Step]) -> list[Report]:
             reports.append(_applied(node, step))
         except StepFailed as error:
             reports.append(Report(step.name, "failed", str(error)))
-        if not host.dry_run and reports[-1].outcome == "changed":
+        if not host.dry_run and reports[-1].outcome in ("changed", "failed"):
             node = Node(host, gather(host))
     return reports
 

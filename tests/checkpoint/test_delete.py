@@ -1,12 +1,14 @@
 """`headrace delete`: whole or not at all, and never what somebody holds."""
 
 import errno
+import fcntl
 import os
 
 import pytest
 
 from headrace_checkpoint import lease
 from headrace_checkpoint.lease import holding
+from headrace_checkpoint.manifest import read_manifest
 
 
 @pytest.fixture
@@ -65,6 +67,32 @@ def test_injected_lack_of_locks_keeps_it(headrace, checkpoint, monkeypatch):
     outcome = headrace("delete", checkpoint)
     assert (outcome.code, outcome.reason) == (75, "CheckpointInUse")
     assert "no file locks" in outcome.message
+
+
+def test_injected_rule_of_nfs_that_locks_alone_what_is_open_for_writing(
+    headrace, checkpoint, monkeypatch
+):
+    real = lease.fcntl.flock
+
+    def flock(fd, operation):
+        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if operation & fcntl.LOCK_EX and not writable:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(fd, operation)
+
+    monkeypatch.setattr(lease.fcntl, "flock", flock)
+    assert headrace("delete", checkpoint).code == 0
+
+
+def test_injected_error_of_locking_is_told_and_keeps_it(headrace, checkpoint, monkeypatch):
+    def failing(fd, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(lease.fcntl, "flock", failing)
+    outcome = headrace("delete", checkpoint)
+    assert (outcome.code, outcome.reason) == (75, "StorageError")
+    monkeypatch.undo()
+    assert read_manifest(checkpoint).parts
 
 
 def test_no_checkpoint_is_left_alone(headrace, tmp_path):

@@ -17,7 +17,8 @@ from headrace_checkpoint.errors import (
 )
 from headrace_checkpoint.layouts.blocks import experts
 from headrace_checkpoint.layouts.rules import Architecture, Piece, Size, SparseLayers, Split, Tensor
-from headrace_checkpoint.planner import SourceTensor, plan
+from headrace_checkpoint.plan import SourceTensor
+from headrace_checkpoint.planner import plan
 from headrace_checkpoint.quantization import parse_format
 
 from .conftest import read_tensors, write_tensors

@@ -30,7 +30,8 @@ from headrace_checkpoint.layouts.rules import (
     Split,
     Tensor,
 )
-from headrace_checkpoint.planner import SourceTensor, plan
+from headrace_checkpoint.plan import SourceTensor
+from headrace_checkpoint.planner import plan
 
 from .architectures import CASES, FORMATS, SPLITS
 from .quantized_models import CONFIGS
@@ -226,6 +227,8 @@ def test_layers_the_engine_drops_are_ignored_and_no_others():
     checkpoint = make_plan(rules, fields, shapes, dropped_layers=dropped)
     assert checkpoint.ignored == ("m.1.any", "m.2.x")
     assert list(tensors_of(checkpoint)) == ["m.0.x"]
+    with pytest.raises(ConfigInvalid, match="ahead: 2147483647: must be at most 10000"):
+        make_plan(rules, fields | {"ahead": 2**31 - 1}, shapes, dropped_layers=dropped)
     for unknown in ("m.3.x", "m.10.x", "m.0.y"):
         with pytest.raises(ArchitectureUnsupported, match=unknown):
             make_plan(rules, fields, shapes | {unknown: (4,)}, dropped_layers=dropped)

@@ -116,10 +116,16 @@ BROKEN = [
     (changed(*PART, "chunkDigests", 0, to="F" * 16), "must be 16 lower-case"),
     (changed(*PART, "chunkDigests", 0, to="0" * 64), "must be 16 lower-case"),
     (changed(*TENSOR, "name", to="weight1"), "rank 0 holds tensor 'weight1' twice"),
+    (changed(*TENSOR, "name", to="other"), "rank 1 has other tensors than rank 0"),
+    (changed("parallelism", "expert", to=3), "parallelism.expert: 3: must be 1 or the tensor"),
     (changed(*TENSOR, "dtype", to="F31"), "parts[1].tensors[1].dtype: 'F31'"),
     (changed(*TENSOR, "shape", to=[2]), "parts[1].tensors[1].bytes: 4: must be 8"),
     (changed(*TENSOR, "shape", to=[1.0]), "parts[1].tensors[1].shape[0]: 1.0"),
     (changed(*TENSOR, "offset", to=252), "parts[1].tensors[1].offset: 252: must be 256"),
+    (changed(*TENSOR, "shape", to=[2**63, 0]), "shape[0]: 9223372036854775808: must be a whole"),
+    (changed(*TENSOR, "shape", to=[1] * 65), "tensors[1].shape: [1, 1, "),
+    (changed(*TENSOR, "name", to="x" * 4097), "must be Unicode of at most 4096 characters"),
+    (changed(*TENSOR, "name", to="\ud800"), "must be Unicode of at most 4096 characters"),
     (changed("files", 0, "digest", to="x"), "files[0].digest: 'x'"),
     (changed("files", 0, "file", to="/etc/passwd"), "files[0].file"),
 ]
@@ -163,6 +169,17 @@ def test_junk_anywhere_is_refused_by_our_error_alone(path, junk):
 def test_garbage_is_refused_by_our_error_alone(content):
     with pytest.raises(ManifestInvalid):
         Manifest.from_json(content)
+
+
+def test_names_in_any_script_are_taken():
+    document = changed(*TENSOR, "name", to="échelle")
+    document["parts"][3]["tensors"][1]["name"] = "échelle"
+    assert parse(document).parts[3].tensors[1].name == "échelle"
+
+
+def test_another_encoding_than_utf_8_is_refused():
+    with pytest.raises(ManifestInvalid, match="not a JSON document"):
+        Manifest.from_json(json.dumps(DOCUMENT).encode("utf-16"))
 
 
 def test_nesting_without_end_is_refused():

@@ -49,7 +49,7 @@ def sharded(source, output, revision="main"):
     # All but what identifies the source, which a bucket does by other means than a directory.
     manifest = json.loads(files["manifest.json"])
     assert [file["file"] for file in manifest["source"]][-1] == "model.safetensors"
-    return files | {"manifest.json": manifest | {"source": None}}
+    return files | {"manifest.json": manifest | {"source": None, "selfDigest": None}}
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,9 @@ class MockedHub(http.server.ThreadingHTTPServer):
         self.directory = directory
         self.status = 200
         self.honours_ranges = True
+        self.redirects = False
+        self.breaks_off = 0
+        self.encodings = set()
         self.ranges = []
 
 
@@ -175,6 +178,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.send_error(hub.status)
         elif self.path.startswith(f"/api/models/{REPOSITORY}/revision/v1"):
             self.answer(200, json.dumps(self.description()).encode())
+        elif self.path.startswith("/signed"):
+            self.send_error(410)
+        elif hub.redirects:
+            self.send_response(302)
+            self.send_header("Location", f"/signed/file?X-Amz-Signature={SECRET}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif match := re.fullmatch(f"/{REPOSITORY}/resolve/{COMMIT}/(.+)", self.path):
             self.file(hub.directory / match[1])
         else:
@@ -199,6 +209,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def file(self, path):
         begin, end = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
         self.server.ranges.append((path.name, begin, end))
+        self.server.encodings.add(self.headers["Accept-Encoding"])
         content = path.read_bytes()
         if self.server.honours_ranges:
             self.answer(206, content[begin : end + 1])
@@ -210,6 +221,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if self.server.breaks_off:
+            self.server.breaks_off -= 1
+            content = content[: len(content) // 2]
         self.wfile.write(content)
 
     def log_message(self, *_):
@@ -233,6 +247,7 @@ def mocked_hub(model, monkeypatch):
 def test_a_mocked_hub_makes_the_checkpoint_of_the_directory(mocked_hub, expected, tmp_path):
     assert sharded(f"hf://{REPOSITORY}", tmp_path / "checkpoint", "v1") == expected
     assert {name for name, _, _ in mocked_hub.ranges} > {"config.json", "model.safetensors"}
+    assert mocked_hub.encodings == {"identity"}
 
 
 @pytest.mark.parametrize(
@@ -255,11 +270,30 @@ def test_refusals_of_a_mocked_hub_are_told(mocked_hub, status, error):
         file.read_at(0, 2)
 
 
+def test_the_signature_of_an_address_of_a_mocked_hub_is_not_told(mocked_hub, capfd):
+    file = find_place(f"hf://{REPOSITORY}", "v1").open("config.json")
+    mocked_hub.redirects = True
+    with pytest.raises(StorageError, match=r"config.json: .*/signed/file\?\.\.\.") as raised:
+        file.read_at(0, 2)
+    assert SECRET not in str(raised.value) + "".join(capfd.readouterr())
+
+
 def test_a_mocked_hub_that_ignores_ranges_is_noticed(mocked_hub):
     file = find_place(f"hf://{REPOSITORY}", "v1").open("config.json")
     mocked_hub.honours_ranges = False
-    with pytest.raises(StorageError, match=r"bytes came of 2 at 1"):
+    with pytest.raises(StorageError, match=r"config.json: the server ignores ranges"):
         file.read_at(1, 2)
+    assert file.read_at(0, file.size).startswith(b"{")
+
+
+def test_answers_of_a_mocked_hub_that_break_off_are_asked_for_again(mocked_hub, model):
+    content = (model / "config.json").read_bytes()
+    file = find_place(f"hf://{REPOSITORY}", "v1").open("config.json")
+    mocked_hub.breaks_off = 2
+    assert file.read_at(1, 50) == content[1:51]
+    mocked_hub.breaks_off = 100
+    with pytest.raises(StorageError, match=r"config.json: 5 answers broke off"):
+        file.read_at(1, 50)
 
 
 def test_another_scheme_is_refused():

@@ -13,14 +13,8 @@ from headrace_checkpoint.dtypes import ITEM_BYTES
 from headrace_checkpoint.errors import ConfigInvalid, ParallelismInvalid, SourceCorrupt
 from headrace_checkpoint.layouts.dense import LLAMA
 from headrace_checkpoint.manifest import TENSOR_ALIGNMENT
-from headrace_checkpoint.planner import (
-    Beside,
-    Fill,
-    SourceTensor,
-    plan,
-    resolve_dtype,
-    stage_layers,
-)
+from headrace_checkpoint.plan import Beside, Fill, SourceTensor
+from headrace_checkpoint.planner import plan, resolve_dtype, stage_layers
 
 from .conftest import tiny_llama
 
@@ -242,6 +236,7 @@ def test_sizes_that_do_not_divide_are_named(change, tp, message):
         ({"vocab_size": 0}, "vocab_size: 0: must be a whole number from 1"),
         ({"head_dim": None, "num_attention_heads": 5}, "head_dim: missing, and 256 is not divis"),
         ({"tie_word_embeddings": "no"}, 'tie_word_embeddings: "no": must be true or false'),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers: 2147483647: must be at most 10000"),
     ],
 )
 def test_contradictory_config_is_named(fields, message):

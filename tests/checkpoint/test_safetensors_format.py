@@ -159,6 +159,10 @@ LIES = {
         file_with_header({"a": tensor(shape=(2**62, 2**62))}, bytes(8)),
         "span 8 bytes",
     ),
+    "axes without end": (
+        file_with_header({"a": tensor(shape=(2**62,) * 20_000)}, bytes(8)),
+        "must be a list of at most 64",
+    ),
     "overlap": (
         file_with_header({"a": tensor(), "b": tensor(offsets=(4, 12))}, bytes(12)),
         "tensor 'b': data_offsets start at 4, overlap",

@@ -15,7 +15,7 @@ import pytest
 
 from headrace_checkpoint import cli
 from headrace_checkpoint.digest import chunk_digests
-from headrace_checkpoint.manifest import CHUNK_BYTES, DATA_ALIGNMENT, read_manifest
+from headrace_checkpoint.manifest import CHUNK_BYTES, DATA_ALIGNMENT, MAX_PARTS, read_manifest
 from headrace_checkpoint.safetensors_format import read_header
 
 from .conftest import read_tensors, write_tensors
@@ -258,12 +258,28 @@ def test_alignment_of_what_is_written(make_model, shard, volume):
         assert {True, False} == set(aligned)
 
 
+def test_files_whose_names_no_checkpoint_can_have_are_left_out(model, shard, volume, headrace):
+    (model / "tokenizer (1).json").write_text("{}")
+    outcome = shard(model)
+    assert outcome.reason == "Published"
+    left_out = [event["files"] for event in outcome.events if event["event"] == "files-left-out"]
+    assert left_out == [["tokenizer (1).json"]]
+    assert headrace("verify", volume / "checkpoint").code == 0
+
+
+def test_no_rank_gets_more_parts_than_can_be_handed_over(make_model, shard, volume):
+    model = make_model(layers=26, hidden_size=16, heads=2, kv_heads=1, intermediate_size=16)
+    assert shard(model, 1, "--part-bytes", 1).code == 0
+    manifest = read_manifest(volume / "checkpoint")
+    assert 26 * 4 < len(manifest.parts) <= MAX_PARTS
+
+
 def on_a_terminal(*arguments):
     """Run the command with a terminal for standard error; returns what it shows, and stdout."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 120))
     process = subprocess.run(
-        [sys.executable, "-m", "headrace_checkpoint.cli", *map(str, arguments)],
+        [sys.executable, "-m", "headrace_loader.command", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=follower,

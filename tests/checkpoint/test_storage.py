@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -205,6 +206,29 @@ def test_injected_lack_of_direct_transfers(model, shard, volume, monkeypatch, he
     assert headrace("verify", volume / "checkpoint").code == 0
 
 
+def test_injected_refusal_of_direct_transfers_at_the_transfer(
+    model, shard, volume, monkeypatch, headrace
+):
+    """The flag is taken, as by some file systems in user space."""
+    evict(model / "model.safetensors")
+
+    def refusing(real):
+        def call(fd, *arguments):
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(fd, *arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "preadv", refusing(os.preadv))
+    monkeypatch.setattr(os, "pwrite", refusing(os.pwrite))
+    outcome = shard(model, 2)
+    assert outcome.reason == "Published"
+    said = [e["directory"] for e in outcome.events if e["event"] == "no-direct-transfers"]
+    assert len(said) == len(set(said)) > 0
+    assert headrace("verify", volume / "checkpoint").code == 0
+
+
 def leave_behind(volume, name, lock=True):
     path = volume / name
     path.mkdir(parents=True)
@@ -290,6 +314,27 @@ def test_a_defect_is_reported_as_one(model, shard, volume, monkeypatch):
     assert (outcome.code, outcome.reason) == (70, "InternalError")
     assert outcome.message == "ZeroDivisionError: of our own making"
     assert list(volume.iterdir()) == []
+
+
+def test_injected_error_when_a_written_file_is_closed(model, shard, volume, monkeypatch):
+    """As of NFS, which may tell of a quota only then."""
+    real = os.close
+
+    def closing(fd):
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        real(fd)
+        if path.name == "model-rank-0-part-0.safetensors":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "close", closing)
+    outcome = shard(model)
+    assert (outcome.code, outcome.reason) == (75, "NoSpaceOnVolume")
+    assert "model-rank-0-part-0.safetensors: Disk quota exceeded" in outcome.message
+    assert list(volume.iterdir()) == []
+
+
+def test_what_another_writer_has_discarded_is_gone_already(tmp_path):
+    staging.discard(tmp_path / ".checkpoint.work")
 
 
 def test_many_parts_and_ranks(model, shard, volume):

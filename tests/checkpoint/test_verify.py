@@ -8,8 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace_checkpoint.errors import DigestMismatch
-from headrace_checkpoint.manifest import read_manifest
+from headrace_checkpoint.errors import DigestMismatch, ManifestInvalid
+from headrace_checkpoint.manifest import (
+    check_self_digest,
+    read_manifest,
+    read_manifest_and_content,
+)
 from headrace_checkpoint.verifier import verify_part
 
 
@@ -44,6 +48,33 @@ def test_any_flipped_bit_is_found_and_named(headrace, checkpoint):
         assert path.name in event["message"]
         path.write_bytes(sound)
     assert verify(headrace, checkpoint)[0] == 0
+
+
+def test_any_flipped_bit_of_the_manifest_is_found(checkpoint):
+    """But for the name of its digest of itself, without which there is nothing to compare."""
+    path = checkpoint / "manifest.json"
+    sound = path.read_bytes()
+    name = sound.index(b"selfDigest")
+    generator = random.Random(7)
+    for position in (*(generator.randrange(len(sound)) for _ in range(300)), name):
+        damaged = bytearray(sound)
+        damaged[position] ^= 1 << generator.randrange(7)
+        path.write_bytes(damaged)
+        if name <= position < name + len("selfDigest"):
+            assert not check_self_digest(bytes(damaged))
+            continue
+        with pytest.raises(ManifestInvalid):
+            check_self_digest(read_manifest_and_content(checkpoint)[1])
+    path.write_bytes(sound)
+    assert check_self_digest(sound)
+
+
+def test_a_changed_identity_is_found(headrace, checkpoint):
+    path = checkpoint / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"revision":"main"', b'"revision":"mail"'))
+    code, event = verify(headrace, checkpoint)
+    assert (code, event["reason"]) == (65, "ManifestInvalid")
+    assert "manifest.json: selfDigest: " in event["message"]
 
 
 @settings(
@@ -97,7 +128,10 @@ def test_missing_and_short_files_are_named(headrace, checkpoint, damage):
 def test_manifest_and_header_must_agree(headrace, checkpoint):
     path = checkpoint / "manifest.json"
     document = json.loads(path.read_text())
-    document["parts"][0]["tensors"][0]["name"] = "renamed"
+    for part in document["parts"]:
+        if part["part"] == 0:
+            part["tensors"][0]["name"] = "renamed"
+    del document["selfDigest"]
     path.write_text(json.dumps(document))
     code, event = verify(headrace, checkpoint)
     assert code == 65

@@ -1,11 +1,13 @@
 """Resident weights as torch tensors: shared, read-only, and still there when the loader is not."""
 
 import contextlib
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from headrace_engine import attach
 from headrace_engine.errors import Unsupported, WeightsMismatch
 from headrace_engine.mapping import HostMapping
 from headrace_engine.weights import ALIGNMENT, Weights
-from headrace_handover import MappableRegion, Region
+from headrace_handover import MappableRegion, Ready, Region, Request, Tensor
+from headrace_handover.server import HandoverServer, Offer
 
 ENGINES = Path(__file__).parents[2] / "docs/engines.md"
 SPECS = (
@@ -153,6 +156,47 @@ def test_memory_that_is_too_short_is_refused() -> None:
     with pytest.raises(WeightsMismatch, match="4096 bytes: the loader says 8192"):
         HostMapping(MappableRegion(Region(0, 8192, 8192, ()), descriptor))
     os.close(descriptor)
+
+
+class Holder:
+    """A source of weights that notes when a lease ends."""
+
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+        self.ended = threading.Event()
+
+    def answer(self, _request: Request) -> Offer:
+        return self.offer
+
+    def detached(self, _peer: object) -> None:
+        self.ended.set()
+
+    def attached(self, _peer: object) -> None: ...
+    def wait(self, _seconds: float) -> None: ...
+    def refused(self, _reason: str) -> None: ...
+
+
+def test_an_attach_that_fails_in_the_middle_gives_everything_back(tmp_path: Path) -> None:
+    """The second part contradicts itself when the first one is mapped."""
+    memory = [os.memfd_create("headrace-half"), os.memfd_create("headrace-half")]
+    for descriptor in memory:
+        os.ftruncate(descriptor, 4096)
+    sound, wrong = Tensor("a", "U8", (4096,), 0, 4096), Tensor("b", "F32", (2,), 0, 4)
+    regions = tuple(Region(n, 4096, 4096, (one,)) for n, one in enumerate((sound, wrong)))
+    source = Holder(Offer(Ready(0, "c" * 64, regions), (*memory, memory[0])))
+    server = HandoverServer(tmp_path, source)
+    server.start()
+    with pytest.raises(WeightsMismatch, match="b: 4 bytes of F32"):
+        attach(server.path, device="cpu", timeout=10)
+    assert source.ended.wait(10)
+    server.close()
+    for descriptor in memory:
+        os.close(descriptor)
+    gc.collect()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            assert "headrace-half" not in str(path.readlink())
+    assert "headrace-half" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,25 @@ def test_progress_is_reported_until_the_weights_are_ready(
         assert Loading(2048, 4096) in seen
 
 
+def test_progress_is_sent_now_and_then_and_the_weights_at_once(tmp_path: Path, source: Any) -> None:
+    """However often the answer changes: 80 times a second with 8 ranks."""
+    source.set(Loading(0, 4096))
+    server = HandoverServer(tmp_path, source, Limits(progress_seconds=30))
+    server.start()
+    seen: list[Loading] = []
+
+    def progress(loading: Loading) -> None:
+        seen.append(loading)
+        for step in range(20):
+            time.sleep(0.01)
+            source.set(Loading(step, 4096))
+        source.set(source.offer)
+
+    with attach(server.path, rank=0, device="host", timeout=10, on_progress=progress):
+        assert seen == [Loading(0, 4096)]
+    server.close()
+
+
 def test_a_refusal_carries_its_reason(server: HandoverServer, source: Any) -> None:
     source.set(Failure("DigestMismatch", "file x, tensor y"))
     with pytest.raises(Refused, match="DigestMismatch: file x, tensor y") as caught:

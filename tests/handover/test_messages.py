@@ -108,6 +108,17 @@ def with_one_changed(data: st.DataObject, ready: Ready, value: object) -> dict[s
     return document
 
 
+@pytest.mark.parametrize("shape", ["", {}, "12", None])
+def test_a_shape_is_a_list(shape: object) -> None:
+    ready = Ready(0, "c", (Region(0, 8, 8, (Tensor("a", "U8", (), 0, 1),)),))
+    document = json.loads(ready.encode())
+    document["parts"][0]["tensors"][0]["shape"] = shape
+    with pytest.raises(
+        ProtocolViolation, match=r"parts\[0\].tensors\[0\].shape: .* must be a list"
+    ):
+        decode_reply(json.dumps(document).encode())
+
+
 @given(st.data(), readies(), json_values)
 def test_columns_accept_what_single_values_do(
     data: st.DataObject, ready: Ready, value: object

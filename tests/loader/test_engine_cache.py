@@ -1,7 +1,9 @@
 """Compiled code survives the pod: packed when the engine answers, unpacked before the next one."""
 
+import contextlib
 import http.server
 import os
+import socket
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -41,6 +43,25 @@ class Pod:
 
     def stored(self) -> list[str]:
         return sorted(path.name for path in self.store.iterdir())
+
+
+@contextmanager
+def no_http() -> Iterator[int]:
+    """A server that answers whatever it is asked with something else."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with server.accept()[0] as connection:
+                        connection.recv(1000)
+                        connection.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 @contextmanager
@@ -102,6 +123,11 @@ def test_the_engine_that_answers_triggers_publication(tmp_path: Path) -> None:
     assert {"engineReady", "engineCachePublished"} <= set(pod.state.timeline)
 
 
+def test_what_is_no_engine_does_not_answer() -> None:
+    with no_http() as port:
+        assert not engine_cache._answers(f"http://127.0.0.1:{port}/health")
+
+
 def test_many_pods_write_and_every_reader_sees_a_whole_file(tmp_path: Path) -> None:
     pods = [Pod(tmp_path, f"pod-{number}") for number in range(8)]
     for number, pod in enumerate(pods):
@@ -134,7 +160,7 @@ def test_what_a_killed_pod_left_is_removed_and_no_younger_file(tmp_path: Path) -
     assert pod.stored() == sorted([name, young.name])
 
 
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "method"])
 def test_a_damaged_file_is_said_and_ignored(tmp_path: Path, damage: str) -> None:
     first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
     first.compiles(graph="compiled" * 100)
@@ -143,7 +169,9 @@ def test_a_damaged_file_is_said_and_ignored(tmp_path: Path, damage: str) -> None
     data = bytearray(stored.read_bytes())
     if damage == "flipped":
         data[data.index(b"compiled")] ^= 1
-    stored.write_bytes(bytes(data[: {"torn": 300, "flipped": None, "empty": 0}[damage]]))
+    if damage == "method":
+        data[data.index(b"PK\1\2") + 10] = 99  # a compression that zipfile does not have
+    stored.write_bytes(bytes(data[: {"torn": 300, "empty": 0}.get(damage)]))
     second.cache.restore()
     assert second.phase is EngineCachePhase.FAILED
     assert str(stored) in second.state.engine_cache.message

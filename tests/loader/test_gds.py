@@ -43,6 +43,7 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (tmp_path / name).touch()
         monkeypatch.setattr(gds, name, tmp_path / name)
     monkeypatch.delenv("CUFILE_LOGFILE_PATH", raising=False)
+    monkeypatch.setenv("CUFILE_ALLOW_COMPAT_MODE", "true")
     return tmp_path
 
 
@@ -81,11 +82,22 @@ def test_cufile_writes_no_log_into_the_working_directory(node: Path, kvikio: Fak
     assert gds.probe(wanted=True).available
     assert os.environ["CUFILE_LOGFILE_PATH"] == "/dev/null"
     assert kvikio.settings["compat_mode"] == "off"  # never through host memory in silence
+    assert os.environ["CUFILE_ALLOW_COMPAT_MODE"] == "false"  # nor in cuFile's, which is another
 
 
 def test_cufile_has_the_last_word(node: Path, kvikio: FakeKvikio) -> None:
     kvikio.cufile_driver = SimpleNamespace(get={"is_gds_available": False}.__getitem__)
     assert gds.probe(wanted=True).reason == "CuFileUnavailable"
+
+
+def test_a_driver_that_cannot_be_opened_is_told(node: Path, kvikio: FakeKvikio) -> None:
+    def get(_name: str) -> bool:
+        raise RuntimeError("cuFile error: 5001")
+
+    kvikio.cufile_driver = SimpleNamespace(get=get)
+    probe = gds.probe(wanted=True)
+    assert (probe.available, probe.reason) == (False, "CuFileUnavailable")
+    assert "5001" in probe.message
 
 
 def test_runtime_errors_of_kvikio_get_the_loaders_names(kvikio: FakeKvikio) -> None:

@@ -1,7 +1,10 @@
 """`headrace load`: it runs a loader, watches one, and its trace can be opened."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +73,35 @@ def test_nobody_there() -> None:
     assert out.returncode == os.EX_UNAVAILABLE
     assert "http://127.0.0.1:9: no status within 0.1 s" in out.stderr
     assert "Traceback" not in out.stderr
+
+
+def test_watching_ends_on_ctrl_c() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        command = [*HEADRACE, "load", "--watch", url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            server.accept()[0].close()  # it watches
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+
+
+def test_something_else_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        command = [*HEADRACE, "load", "--watch", url, "--timeout", "0.1"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None:
+                server.settimeout(0.2)
+                with contextlib.suppress(TimeoutError), server.accept()[0] as connection:
+                    connection.recv(1000)
+                    connection.sendall(b"220 mail.example ESMTP\r\n")
+            assert process.stderr is not None
+            said = process.stderr.read()
+    assert process.returncode == os.EX_UNAVAILABLE
+    assert "the answer is no loader's status" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
+import threading
 
 import pytest
 
 from headrace_node import __main__ as program
 from headrace_node import cufile, unit
 from headrace_node.checks import check as find
-from headrace_node.errors import Unsupported
+from headrace_node.errors import PublishFailed, Unsupported
 from headrace_node.facts import gather
 from headrace_node.host import run_here
-from headrace_node.publish import labels
+from headrace_node.publish import Cluster, labels, publish
 from headrace_node.steps import all_steps, apply, check, revert
 
 STEPS = all_steps(5128)
@@ -70,6 +72,40 @@ def test_reverting_brings_back_what_was_there(recorded_node):
     assert "failed" not in outcomes(revert(node.host(), STEPS)).values()
     assert node.files() == files
     assert [net for net, _ in node.state["nets"]] == ["tcp"]
+
+
+def test_reverting_brings_back_every_byte_and_the_mode(recorded_node):
+    node = recorded_node()
+    path = node.root / "etc/cufile.json"
+    path.write_bytes(b'{"mine": "\xff"}\r\n')
+    path.chmod(0o600)
+    apply(node.host(), STEPS)
+    assert path.stat().st_mode & 0o777 == 0o644
+    revert(node.host(), STEPS)
+    assert path.read_bytes() == b'{"mine": "\xff"}\r\n'
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_left_of_a_unit_is_taken_back_and_what_others_wrote_is_not(recorded_node):
+    node = recorded_node()
+    apply(node.host(), STEPS)
+    unit_file = node.root / unit.UNIT_PATH.lstrip("/")
+    unit_file.unlink()
+    assert outcomes(revert(node.host(), STEPS))["unit"] == "changed"
+    assert not any("headrace" in name for name in node.files())
+    assert not node.calls("systemctl disable")
+    node.put(unit.UNIT_PATH.lstrip("/"), "[Unit]\n")
+    assert outcomes(revert(node.host(), STEPS))["unit"] == "done"
+    assert unit_file.read_text() == "[Unit]\n"
+
+
+def test_gdscheck_is_found_behind_an_absolute_link(recorded_node):
+    """/usr/local/cuda is one, which seen from a container leads to the container's own files."""
+    node = recorded_node()
+    apply(node.host(), STEPS)
+    shutil.rmtree(node.root / "usr/local/cuda")
+    (node.root / "usr/local/cuda").symlink_to("/etc/alternatives/cuda")
+    assert labels(gather(node.host()))["headrace.dev/gds"] == "verified"
 
 
 def test_the_network_of_a_mounted_file_system_is_not_taken_away(recorded_node):
@@ -211,6 +247,23 @@ def test_publishing_outside_of_a_cluster_is_one_sentence(recorded_node, monkeypa
     monkeypatch.setattr(program, "Host", lambda root, dry_run: node.host(dry_run=dry_run))
     assert program.main(["check", f"--root={node.root}", "--publish"]) == os.EX_NOPERM
     assert capsys.readouterr().err.startswith("headrace-node: PublishFailed: --publish:")
+
+
+def test_what_is_no_api_server_is_one_sentence(recorded_node, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+
+        def answer():
+            with server.accept()[0] as connection:
+                connection.recv(10_000)
+                connection.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        cluster = Cluster(url, "token", None, "default")
+        with pytest.raises(PublishFailed, match="check the network to the API server"):
+            publish(cluster, "node", gather(recorded_node().host()))
+        thread.join()
 
 
 def test_cufile_configuration_allows_the_slow_path_only_where_the_fast_one_is_not_verified(

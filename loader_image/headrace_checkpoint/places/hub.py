@@ -3,8 +3,10 @@
 HF_TOKEN and HF_ENDPOINT count as they do for the Hub's own tools.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, hf_hub_url
@@ -18,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
     hf_raise_for_status,
-    http_backoff,
+    http_stream_backoff,
 )
 
 from headrace_checkpoint.errors import SourceForbidden, SourceNotFound, StorageError
@@ -27,6 +29,7 @@ from headrace_checkpoint.places import RemoteFile
 _REQUEST_SECONDS = 60.0
 _RETRIES = 5
 _FORBIDDEN = (401, 403)
+_QUERY = re.compile(r"\?[^\s'\")]+")
 
 
 class Repository:
@@ -73,18 +76,34 @@ class _File(RemoteFile):
 
     def fetch(self, offset: int, length: int) -> bytes:
         """Fetch a range."""
-        headers = build_hf_headers() | {"Range": f"bytes={offset}-{offset + length - 1}"}
-        with _named(self._name):
-            answer = http_backoff(
-                "GET",
-                self._url,
-                headers=headers,
-                max_retries=_RETRIES,
-                timeout=_REQUEST_SECONDS,
-                follow_redirects=True,
-            )
+        for _ in range(_RETRIES):
+            found = self._ask(offset, length)
+            if found is not None:
+                return found
+        raise StorageError(f"{self._name}: {_RETRIES} answers broke off; try again")
+
+    def _ask(self, offset: int, length: int) -> bytes | None:
+        """Fetch a range; None where the answer breaks off."""
+        # Of the file as it is: sizes and ranges are not those of a compressed one.
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        headers["Range"] = f"bytes={offset}-{offset + length - 1}"
+        request = http_stream_backoff(
+            "GET",
+            self._url,
+            headers=headers,
+            max_retries=_RETRIES,
+            timeout=_REQUEST_SECONDS,
+            follow_redirects=True,
+        )
+        with _named(self._name), request as answer:
             hf_raise_for_status(answer)
-            return answer.content
+            if answer.status_code != HTTPStatus.PARTIAL_CONTENT and length < self.size:
+                # Before it is read: it would be the whole file.
+                raise StorageError(f"{self._name}: the server ignores ranges; use another one")
+            try:
+                return answer.read()
+            except HTTPError:
+                return None
 
 
 @contextmanager
@@ -110,4 +129,5 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Return it without the queries of addresses: signed ones are as good as a password."""
+    return _QUERY.sub("?...", str(error).strip().partition("\n")[0])

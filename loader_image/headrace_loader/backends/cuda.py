@@ -21,7 +21,7 @@ from headrace_loader.backends import (
     Region,
 )
 from headrace_loader.backends.parallel import run_parallel
-from headrace_loader.backends.reading import PartFile, staged
+from headrace_loader.backends.reading import ALIGNMENT, PartFile, staged
 from headrace_loader.cuda import gds, native
 from headrace_loader.cuda.digester import Digester
 from headrace_loader.cuda.driver import Allocation, CudaError, Device, HostBuffer
@@ -33,6 +33,7 @@ from headrace_loader.errors import (
     DirectPathUnavailable,
     InternalError,
     OutOfMemory,
+    StorageError,
 )
 from headrace_loader.topology import run_near
 
@@ -96,13 +97,25 @@ class CudaBackend:
 
     def fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
         """Move all chunks, digests behind them on the GPU, and compare at the end."""
+        try:
+            self._fill(transfers, progress)
+        except CudaError as error:
+            if not error.out_of_memory:
+                raise
+            raise OutOfMemory(
+                f"{self.device}: {error}: no memory is left beside the weights, on the GPU or for "
+                "pinned buffers; end what else uses this GPU, or raise the container's limit"
+            ) from None
+
+    def _fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
         sources = [source for _, source in transfers]
         with ExitStack() as stack:
             files = [stack.enter_context(PartFile(s)) for s in sources]
             _check_digests(sources)
             digester = Digester(sum(len(source.digests) for source in sources))
-            lanes, report = self._lanes(files)
-            runs = cut(files, [_pointer(region) for region, _ in transfers], len(lanes))
+            pointers = [_pointer(region) for region, _ in transfers]
+            lanes, report = self._lanes(files, pointers[0])
+            runs = cut(files, pointers, len(lanes))
             progress.path(report)
             run_parallel(runs, [self._mover(lane, digester, progress) for lane in lanes])
             for lane in lanes:
@@ -117,15 +130,20 @@ class CudaBackend:
 
         return move
 
-    def _lanes(self, files: Sequence[PartFile]) -> tuple[Sequence[Lane], PathReport]:
-        """Choose how the bytes travel; opening the files tells whether cuFile takes them."""
+    def _lanes(self, files: Sequence[PartFile], pointer: int) -> tuple[Sequence[Lane], PathReport]:
+        """Choose how the bytes travel; opening the files tells whether cuFile takes them.
+
+        It may take them and refuse to read, so it reads the first block of the first one.
+        """
         direct = self._direct
         if direct.available:
             try:
                 opened = {file.source.path: gds.DirectFile(file.source.path) for file in files}
-            except DirectPathUnavailable as error:
+                first = files[0].source
+                opened[first.path].read(pointer, first.offset, min(first.nbytes, ALIGNMENT))
+            except (DirectPathUnavailable, StorageError) as error:
                 if self._options.policy is PathPolicy.REQUIRE:
-                    raise
+                    raise DirectPathUnavailable(f"--path Require: {error}") from None
                 direct = gds.Probe(False, "FileSystemUnsupported", str(error))
             else:
                 threads = self._options.read_threads

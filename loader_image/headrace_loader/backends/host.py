@@ -34,6 +34,7 @@ DEVICE = "host"
 
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _MFD_NOEXEC_SEAL = 0x0008  # since Linux 6.3; later Python versions name it
+_MAX_BUFFER_BYTES = 1024 * 1024 * 1024
 _NO_GPU_DIRECT = "host memory has no GPUDirect path"
 
 
@@ -42,8 +43,11 @@ class HostRegion:
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._descriptor = _memfd()
-        os.ftruncate(self._descriptor, self._nbytes)
+        try:
+            self._descriptor = _memfd()
+            os.ftruncate(self._descriptor, self._nbytes)
+        except (OSError, OverflowError) as error:
+            raise OutOfMemory(f"{nbytes} bytes of host memory for one region: {error}") from None
 
     @property
     def nbytes(self) -> int:
@@ -112,12 +116,14 @@ class HostBackend:
                 for file, region in zip(files, regions, strict=True)
                 for chunk in range(len(file.source.digests))
             )
-            buffers = _Buffers(max(file.source.chunk_bytes for file in files))
+            chunk_bytes = max(file.source.chunk_bytes for file in files)
+            buffers = _Buffers(chunk_bytes)
 
             def load(piece: _Piece) -> None:
                 _load(piece, buffers.view, progress)
 
-            run_parallel(pieces, [load] * self._options.read_threads)
+            most = max(1, _MAX_BUFFER_BYTES // chunk_bytes)
+            run_parallel(pieces, [load] * min(self._options.read_threads, most))
 
     def _report(self, files: Sequence[PartFile]) -> PathReport:
         if self._options.policy is PathPolicy.OFF:
@@ -153,7 +159,7 @@ def _memfd() -> int:
         return os.memfd_create("headrace", flags | _MFD_NOEXEC_SEAL)
     except OSError as error:
         if error.errno != errno.EINVAL:
-            raise OutOfMemory(f"memfd_create: {error.strerror}") from None
+            raise
         return os.memfd_create("headrace", flags)
 
 

@@ -81,6 +81,8 @@ class PartFile:
         done = begin
         while done < end:
             count = self._read(view[done - begin : limit - begin], self.source.offset + done)
+            if not self.buffered_reason and done + count < end:
+                count -= count % ALIGNMENT  # cut short, a direct read goes on at a whole block
             if count == 0:
                 raise DigestMismatch(
                     f"{self.source.path}: ends at byte {self.source.offset + done}; "

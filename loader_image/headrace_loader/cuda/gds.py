@@ -50,13 +50,19 @@ def probe(wanted: bool) -> Probe:
 
 def _probe_library() -> Probe:
     os.environ.setdefault("CUFILE_LOGFILE_PATH", "/dev/null")
+    # Whatever cufile.json says: what cuFile would copy through host memory, it has to refuse.
+    os.environ["CUFILE_ALLOW_COMPAT_MODE"] = "false"
     try:
         import kvikio
         import kvikio.cufile_driver
     except (ImportError, RuntimeError) as error:
         return Probe(False, "KvikioMissing", f"kvikio cannot be used: {error}")
-    kvikio.defaults.set({"compat_mode": kvikio.CompatMode.OFF, "num_threads": 1})
-    if not kvikio.cufile_driver.get("is_gds_available"):
+    try:
+        kvikio.defaults.set({"compat_mode": kvikio.CompatMode.OFF, "num_threads": 1})
+        available = kvikio.cufile_driver.get("is_gds_available")
+    except RuntimeError as error:  # what it raises where the driver cannot be opened
+        return Probe(False, "CuFileUnavailable", f"cuFile cannot be opened: {error}")
+    if not available:
         return Probe(False, "CuFileUnavailable", "cuFile finds no GPUDirect Storage on this node")
     return Probe(True)
 

@@ -1,0 +1,123 @@
+"""Lets each call of the stand-in for the GPU driver fail once: a script of its own.
+
+    LD_LIBRARY_PATH=... python cuda_faults.py CHECKPOINT MOVER
+
+First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
+with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
+read to the same place, also where it takes files and refuses to read. Then one for every call,
+which fails. Prints one line of JSON for each: the call, the way, and what the load ended with.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+
+from headrace_loader.backends import BackendOptions, PathPolicy, open_backend, reading
+from headrace_loader.checkpoint import load_manifest
+from headrace_loader.cuda import driver, gds, native
+from headrace_loader.errors import LoaderError, StorageError
+
+UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
+"""They take back what a process that ends gives back, are of GPUDirect, or for a message."""
+WAYS = {
+    "compiled": PathPolicy.OFF,
+    "interpreted": PathPolicy.OFF,
+    "direct": PathPolicy.OFF,
+    "mocked GPUDirect": PathPolicy.REQUIRE,
+    "refused GPUDirect": PathPolicy.PREFER,
+    "refused and required GPUDirect": PathPolicy.REQUIRE,
+}
+
+
+class Silent:
+    """Progress that nobody looks at."""
+
+    def path(self, report: object) -> None:
+        """Do nothing."""
+
+    def read(self, nbytes: int) -> None:
+        """Do nothing."""
+
+    def verified(self, nbytes: int) -> None:
+        """Do nothing."""
+
+
+class MockedDirectFile:
+    """Stands for cuFile, which needs nvidia-fs."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, pointer: int, offset: int, size: int) -> None:
+        """Read to a device address, which is one of the host here."""
+        ctypes.memmove(pointer, os.pread(self._descriptor, size, offset), size)
+
+
+class RefusingDirectFile(MockedDirectFile):
+    """As cuFile where it cannot register the GPU's memory."""
+
+    def read(self, pointer: int, offset: int, size: int) -> None:
+        """Fail."""
+        raise StorageError(f"cuFile read at {offset}: 5030")
+
+
+def calls() -> list[str]:
+    """Names of the driver's functions that a load calls."""
+    functions = {name: value for name, value in vars(driver).items() if name not in UNUSED}
+    names = (getattr(value, "__name__", "") for value in functions.values())
+    return sorted({name for name in names if name.startswith("cu")})
+
+
+def load(checkpoint: Path, policy: PathPolicy) -> str:
+    """Load rank 0 into memory whose end is not clean; returns what it ended with."""
+    try:
+        backend = open_backend("cuda", BackendOptions(0, policy, 2))
+        assert backend.device.startswith("GPU-")
+        sources = load_manifest(checkpoint).sources(0)
+        regions = [backend.allocate(source.nbytes) for source in sources]
+        for region, source in zip(regions, sources, strict=True):
+            ctypes.memset(region.pointer + source.nbytes - 8, 0xFF, 16)
+        backend.fill(list(zip(regions, sources, strict=True)), Silent())
+        for region, source in zip(regions, sources, strict=True):
+            content = os.pread(region.export(), source.nbytes, 0)
+            assert content == source.path.read_bytes()[source.offset :]
+    except LoaderError as error:
+        return error.reason
+    except Exception as error:  # noqa: BLE001 - a worker reports it as InternalError
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def in_a_child(call: str, way: str) -> str:
+    """Let `call` fail for lack of memory in a process of its own; returns how the load ended."""
+    checkpoint, mover = map(Path, sys.argv[1:])
+    reading_end, writing_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.environ["FAKE_CUDA_FAIL"] = f"{call}:2"
+        reading.is_cached = lambda *_: way != "direct"
+        found = native.mover(mover) if way == "compiled" else None
+        native.mover = lambda: found
+        if "GPUDirect" in way:
+            gds.probe = lambda _: gds.Probe(True)
+            gds.DirectFile = RefusingDirectFile if "refused" in way else MockedDirectFile
+        os.write(writing_end, load(checkpoint, WAYS[way]).encode())
+        os._exit(0)
+    os.close(writing_end)
+    with os.fdopen(reading_end) as said:
+        end = said.read()
+    os.waitpid(child, 0)
+    return end
+
+
+def main() -> None:
+    """Print a line for each."""
+    for call, way in (*(("none", way) for way in WAYS), *((call, "compiled") for call in calls())):
+        line = {"call": call, "way": way, "end": in_a_child(call, way)}
+        sys.stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The CUDA backend where there is no GPU: a stand-in for the driver's library, see fake_cuda.c."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace_handover import attach
+from headrace_loader.cuda import native
+
+HERE = Path(__file__).parent
+DEVICE = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
+# More than two buffers, several runs, and ends that are no whole words.
+PARTS = ((("a", "U8", (9_000_003,)),), (("b", "F32", (300_000,)), ("c", "U8", (5,))))
+
+
+@pytest.fixture(scope="module")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with the stand-in, for LD_LIBRARY_PATH, and mover.so."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    directory = tmp_path_factory.mktemp("cuda")
+    made = {"libcuda.so.1": HERE / "fake_cuda.c", "mover.so": native.LIBRARY.with_suffix(".c")}
+    for name, source in made.items():
+        command = [compiler, "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC", source]
+        subprocess.run([*command, "-o", directory / name], check=True, timeout=60)
+    return str(directory)
+
+
+def test_fake_cuda_holds_what_is_on_disk(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path, fake_cuda: str
+) -> None:
+    manifest = support.make_checkpoint(
+        tmp_path / "checkpoint", ranks=2, parts=PARTS, chunk_bytes=65536, algorithm="multilinear64"
+    )
+    options = ("--backend=cuda", "--tensor-parallel-size=2", "--read-threads=3")
+    loader = start_loader(tmp_path / "checkpoint", *options, LD_LIBRARY_PATH=fake_cuda)
+    status = loader.until_phase("Ready")
+    assert [rank["verifiedBytes"] for rank in status["ranks"]] == [
+        sum(part.data_bytes for part in manifest.rank_parts(rank)) for rank in range(2)
+    ]
+    for rank in range(2):
+        with attach(loader.socket, rank=rank, device=DEVICE, timeout=10) as attachment:
+            for item, part in zip(attachment.regions, manifest.rank_parts(rank), strict=True):
+                assert item.region.nbytes % (2 << 20) == 0
+                content = os.pread(item.descriptor, part.data_bytes, 0)
+                assert content == support.part_data(tmp_path / "checkpoint", part)
+
+
+def test_fake_cuda_finds_a_flipped_bit(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path, fake_cuda: str
+) -> None:
+    manifest = support.make_checkpoint(
+        tmp_path / "checkpoint", parts=PARTS, chunk_bytes=65536, algorithm="multilinear64"
+    )
+    part = manifest.parts[1]
+    with (tmp_path / "checkpoint" / part.file).open("r+b") as file:
+        file.seek(part.file_bytes - 1)  # in the word that is filled up with zeros
+        last = file.read(1)[0]
+        file.seek(part.file_bytes - 1)
+        file.write(bytes([last ^ 0x80]))
+    loader = start_loader(tmp_path / "checkpoint", "--backend=cuda", LD_LIBRARY_PATH=fake_cuda)
+    assert loader.wait() == 65
+    termination = loader.termination()
+    assert termination["reason"] == "DigestMismatch"
+    assert f"{part.file}: chunk 18 " in termination["message"]
+    assert "tensors b, c)" in termination["message"]
+
+
+def test_fake_cuda_without_memory_at_every_call(
+    support: Any, tmp_path: Path, fake_cuda: str
+) -> None:
+    support.make_checkpoint(
+        tmp_path / "checkpoint", parts=PARTS, chunk_bytes=65536, algorithm="multilinear64"
+    )
+    done = subprocess.run(
+        [sys.executable, HERE / "cuda_faults.py", tmp_path / "checkpoint", f"{fake_cuda}/mover.so"],
+        env=os.environ | {"LD_LIBRARY_PATH": fake_cuda},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = list(map(json.loads, done.stdout.splitlines()))
+    undisturbed = [line["end"] for line in lines if line["call"] == "none"]
+    assert undisturbed == [*["loaded"] * 5, "DirectPathUnavailable"]
+    ends = {line["call"]: line["end"] for line in lines if line["call"] != "none"}
+    opening = {"cuInit", "cuDeviceGet", "cuDeviceGetPCIBusId", "cuDevicePrimaryCtxRetain"}
+    defects = {"cuDeviceGetUuid_v2", "cuMemExportToShareableHandle"}
+    assert len(ends) > 20
+    for call, end in ends.items():
+        if call in defects:
+            assert end == f"CudaError: {call}: CUDA_ERROR_OUT_OF_MEMORY"
+        else:
+            unopened = call in opening | {"cuCtxSetCurrent"}
+            assert end == ("BackendUnavailable" if unopened else "OutOfMemory"), call

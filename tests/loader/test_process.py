@@ -1,0 +1,153 @@
+"""The process itself: signals before it has handlers, open files, workers that talk nonsense."""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace_loader import worker_process
+from headrace_loader.backends import PathPolicy
+from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
+from headrace_loader.state import LoaderState, Settings
+from headrace_loader.worker_process import WorkerEnded, WorkerEvent, WorkerOptions, WorkerProcess
+from headrace_loader.worker_protocol import Failed
+
+
+def blocked(pid: int) -> bool:
+    """Whether a process keeps SIGTERM pending by itself: unshare does so before it runs it."""
+    with contextlib.suppress(OSError):
+        if not Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable):
+            return False
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigBlk:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="a PID namespace needs root"
+)
+@pytest.mark.parametrize("command", ["loader", "sharder"])
+def test_process_1_obeys_a_signal_that_comes_before_its_handlers(
+    support: Any, tmp_path: Path, command: str
+) -> None:
+    """The kernel drops what process 1 has no handler for, unless it is blocked."""
+    support.make_checkpoint(tmp_path / "checkpoint")
+    arguments = {
+        "loader": ["headrace_loader", f"--checkpoint={tmp_path}/checkpoint", "--backend=host"],
+        "sharder": ["headrace_loader.command", "shard", "--source=/nowhere"],
+    }[command]
+    arguments += {
+        "loader": [f"--runtime-dir={tmp_path}/run", "--host=127.0.0.1", f"--port={free_port()}"],
+        "sharder": [f"--output={tmp_path}/out"],
+    }[command]
+    parent = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        deadline = time.monotonic() + 30
+        while not (found := children.read_text().split()) or not blocked(int(found[0])):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(int(found[0]), signal.SIGTERM)
+        output, _ = parent.communicate(timeout=30)
+    finally:
+        parent.kill()
+        parent.communicate()
+    assert "SIGTERM" in output
+    assert "Traceback" not in output
+
+
+def test_nothing_is_imported_before_signals_are_kept() -> None:
+    script = (
+        "import sys, headrace_loader.__main__, headrace_loader.command\n"
+        "print([name for name in ('numpy', 'headrace_loader.supervisor') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert out.stdout == b"[]\n"
+
+
+def test_weights_stay_when_the_log_has_no_reader(support: Any, tmp_path: Path) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    command = [sys.executable, "-m", "headrace_loader", f"--checkpoint={tmp_path}/checkpoint"]
+    command += [f"--runtime-dir={tmp_path}/run", "--backend=host", f"--port={free_port()}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as loader:
+        assert loader.stdout is not None
+        assert loader.stderr is not None
+        while b'"resident"' not in loader.stdout.readline():
+            pass
+        loader.stdout.close()
+        loader.send_signal(signal.SIGTERM)  # which is logged
+        said = loader.stderr.read()
+    assert (loader.returncode, said) == (0, b"")
+
+
+def test_a_loader_ends_at_once_while_caches_are_restored(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "cache").mkdir()
+    options = EngineCacheOptions(
+        local=tmp_path / "cache", store=tmp_path / "store", key="k", engine_port=1
+    )
+    file = EngineCache(options, LoaderState(Settings("host", PathPolicy.OFF, 1), 0.0))._file
+    os.mkfifo(file)  # opening it blocks
+    loader = start_loader(
+        tmp_path / "checkpoint",
+        f"--engine-cache-store={options.store}",
+        f"--engine-cache-dir={options.local}",
+        "--engine-cache-key=k",
+    )
+    loader.until(lambda status: "resident" in status["timeline"])
+    begin = time.monotonic()
+    assert loader.terminate() == 0
+    assert time.monotonic() - begin < 10
+
+
+def test_as_many_files_may_be_open_as_the_node_allows() -> None:
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 200))\n"
+        "from headrace_loader import system; system.allow_open_files()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert out.stdout == b"(200, 200)\n"
+
+
+def test_a_worker_that_talks_nonsense_is_told_of_and_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def command(_device: int, _options: WorkerOptions, descriptor: int) -> list[str]:
+        script = f"import os, time; os.write({descriptor}, b'nonsense\\n'); time.sleep(60)"
+        return [sys.executable, "-c", script]
+
+    monkeypatch.setattr(worker_process, "_command", command)
+    news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    worker = WorkerProcess(3, 0, WorkerOptions("host", PathPolicy.OFF, 1), news.put)
+    event, end = news.get(timeout=30), news.get(timeout=30)
+    worker.stop(10)
+    assert isinstance(event, WorkerEvent)
+    assert isinstance(event.message, Failed)
+    assert "rank 3: what the worker sent cannot be used" in event.message.message
+    assert "nonsense" in event.message.message
+    assert end == WorkerEnded(3, -signal.SIGKILL)

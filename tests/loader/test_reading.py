@@ -1,0 +1,83 @@
+"""Reads that are cut short and memory that cannot be had, in the host backend."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from headrace_loader.backends import BackendOptions, PartSource, PathPolicy, host, reading
+from headrace_loader.backends.host import HostBackend
+from headrace_loader.backends.reading import PartFile
+from headrace_loader.errors import DigestMismatch, OutOfMemory
+
+CONTENT = os.urandom(5 * 4096 + 100)
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PartFile:
+    """A part that is read past the page cache."""
+    path = tmp_path / "part"
+    path.write_bytes(bytes(4096) + CONTENT)
+    monkeypatch.setattr(reading, "is_cached", lambda *_: False)
+    file = PartFile(PartSource(path, 4096, len(CONTENT), 1 << 20, "sha256", ("0",)))
+    if file.buffered_reason:
+        pytest.skip(f"needs direct I/O: {file.buffered_reason}")
+    return file
+
+
+@pytest.fixture
+def buffer() -> memoryview:
+    return host._Buffers(1 << 20).view
+
+
+@pytest.mark.parametrize("limit", [4096, 5000])
+def test_a_direct_read_cut_short_goes_on(
+    part: PartFile, buffer: memoryview, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """As file systems of several servers may answer; `limit` bytes come of each that asks more."""
+    preadv = os.preadv
+
+    def short(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        assert offset % 4096 == 0
+        return min(preadv(descriptor, buffers, offset), limit)
+
+    monkeypatch.setattr(os, "preadv", short)
+    with part:
+        part.read_into(buffer, 0, len(CONTENT))
+    assert buffer[: len(CONTENT)] == CONTENT
+
+
+def test_a_part_that_is_cut_while_it_is_read(part: PartFile, buffer: memoryview) -> None:
+    os.truncate(part.source.path, 4096 + 4096 + 1000)
+    with part, pytest.raises(DigestMismatch, match="it was cut while it was read"):
+        part.read_into(buffer, 0, len(CONTENT))
+
+
+@pytest.mark.parametrize(("chunk_bytes", "threads"), [(4 << 20, 10), (1 << 29, 2), (1 << 30, 1)])
+def test_large_chunks_are_read_by_fewer_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, threads: int
+) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(bytes(8192))
+    asked: list[int] = []
+
+    def record(_work: object, bodies: Sequence[Callable[..., None]]) -> None:
+        asked.append(len(bodies))
+
+    monkeypatch.setattr(host, "run_parallel", record)
+    backend = HostBackend(BackendOptions(0, PathPolicy.OFF, 10))
+    source = PartSource(path, 4096, 4096, chunk_bytes, "sha256", ("0",))
+
+    class Silent:
+        def path(self, _report: object) -> None: ...
+        def read(self, _nbytes: int) -> None: ...
+        def verified(self, _nbytes: int) -> None: ...
+
+    backend.fill([(backend.allocate(4096), source)], Silent())
+    assert asked == [threads]
+
+
+def test_more_memory_than_there_are_addresses() -> None:
+    with pytest.raises(OutOfMemory, match="9223372036854775807 bytes of host memory"):
+        HostBackend(BackendOptions(0, PathPolicy.OFF, 1)).allocate(2**63 - 1)
