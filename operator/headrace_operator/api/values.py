@@ -31,11 +31,6 @@ def values_schema(definition: dict[str, Any]) -> str:
             waitingRequests=_count("Waiting requests that a replica is added for.", 1),
             triggers=_PEERS | {"description": "Triggers of KEDA, instead of the default one."},
         ),
-        "podDisruptionBudget": _part(
-            "A PodDisruptionBudget for the serving pods.",
-            enabled=_flag("Make it."),
-            maxUnavailable=_count("Pods that may be missing.", 0),
-        ),
         "networkPolicy": _part(
             "A NetworkPolicy for the serving pods: who may ask, and no way out.",
             enabled=_flag("Make it."),

@@ -80,6 +80,7 @@ def plan_workload(
     planned = _plan_template(owner, spec, claim, observed, settings, now, may_roll=may_roll)
     if observed.deployment is None and not planned.apply:
         return planned
+    planned = replace(planned, apply=(*planned.apply, Desired(service(owner, spec))))
     if spec.replicas > 1:
         budget = Desired(disruption_budget(owner, spec))
         return replace(planned, apply=(*planned.apply, budget))
@@ -153,7 +154,7 @@ def _rendered(
     else:
         whole = template(Role.WHOLE)
         body = deployment(owner, spec, pin, whole, live, canary=canary is not None)
-    desired = [Desired(body), Desired(service(owner, spec))]
+    desired = [Desired(body)]
     if claims is not None:
         desired.insert(0, Desired(claims, once=True))
     return Workload(apply=tuple(desired), canary=canary)
