@@ -80,6 +80,10 @@ class ColdStarts:
         if shown:
             self._shown[key] = shown
 
+    def forget(self, key: Key) -> None:
+        """Forget a ModelDeployment that is gone."""
+        self._shown.pop(key, None)
+
     def _show(self, key: Key, pod: Mapping[str, Any]) -> bool:
         seconds = phases(pod)
         for phase, value in seconds.items():

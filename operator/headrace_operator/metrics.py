@@ -159,7 +159,9 @@ def report_status(namespace: str, name: str, replicas: int, status: Mapping[str,
     REPLICAS.set(key, replicas)
     READY_REPLICAS.set(key, status.get("readyReplicas") or 0)
     size = (status.get("checkpoint") or {}).get("totalBytes")
-    if size is not None:
+    if size is None:
+        CHECKPOINT_BYTES.forget(key)
+    else:
         CHECKPOINT_BYTES.set(key, size)
     conditions: Iterable[Mapping[str, Any]] = status.get("conditions", ())
     for condition in conditions:

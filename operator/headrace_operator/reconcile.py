@@ -48,7 +48,7 @@ class Reconciler:
 
     def __post_init__(self) -> None:
         QUEUE_DEPTH.set_function(self.queue.__len__)
-        self._observer = Observer(self.api, self.store)
+        self._observer = Observer(self.api, self.store, self.queue.add)
         self._executor = Executor(self.api, self.store)
         started = self.clock()
         self._cold_starts, self._jobs, self._gpus = (
@@ -102,6 +102,7 @@ class Reconciler:
         if resource is None:
             self.store.use_claims(key, ())
             self._gpus.forget(key)
+            self._cold_starts.forget(key)
             forget(*key)
             return None
         now = self.clock()

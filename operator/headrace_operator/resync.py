@@ -19,7 +19,7 @@ from headrace_operator.plan.names import (
     NAMESPACE_LABEL,
     OWNER_LABEL,
 )
-from headrace_operator.plan.objects import at, name_of, text, uid_of
+from headrace_operator.plan.objects import at, text
 from headrace_operator.plan.volume import is_orphan
 from headrace_operator.queue import WorkQueue
 
@@ -115,9 +115,8 @@ class Resync:
             return  # an operator of one namespace may go without cluster-wide permissions
         for volume in listing.objects:
             if is_orphan(volume, is_wanted=self._wants(volume)):
-                deletion = Deletion(VOLUME.name, name_of(volume), None, uid_of(volume))
                 try:
-                    await self._executor.delete(deletion)
+                    await self._executor.delete(Deletion.of(volume))
                 except Forbidden:
                     return  # static volumes were switched off; what is left holds no data
 

@@ -20,6 +20,7 @@ from headrace_operator.metrics import (
 )
 from headrace_operator.plan.names import COMPONENT_LABEL, SERVE
 from headrace_operator.plan.objects import (
+    at,
     condition_of,
     integer,
     is_true,
@@ -100,7 +101,9 @@ def gpus_of(pod: Mapping[str, Any], resource: object) -> int:
     count = sum(int(limit) for limit in limits if limit.isdigit())
     if count or not items(pod, "spec", "resourceClaims"):
         return count
-    return integer(resource, "spec", "parallelism", "tensorParallelSize") or 1
+    parallelism = at(resource, "spec", "parallelism")
+    nodes = integer(parallelism, "nodes") or 1
+    return (integer(parallelism, "tensorParallelSize") or 1) // nodes
 
 
 class CheckpointJobs:

@@ -124,6 +124,11 @@ def test_settings_reach_the_operator(render):
     }
 
 
+def test_a_namespace_of_digits_stays_a_string(render):
+    objects = render("--set-string", "watchNamespaces={1234}")
+    assert environment(objects)["HEADRACE_WATCH_NAMESPACES"] == "1234"
+
+
 def test_images_default_to_the_version_of_the_chart(render):
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
     objects = render()

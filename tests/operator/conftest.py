@@ -123,8 +123,10 @@ def build() -> SimpleNamespace:
 
     def job(resource: dict[str, Any], *conditions: dict[str, str], **status: Any) -> dict[str, Any]:
         from headrace_operator.plan.shard_job import shard_job
+        from headrace_operator.plan.volume import claim_name
 
-        made = shard_job(resource, spec_of(resource), "weights", settings)
+        spec = spec_of(resource)
+        made = shard_job(resource, spec, claim_name(resource, spec), settings)
         made["metadata"] |= {"uid": "uid-job", "creationTimestamp": "2026-11-24T11:59:00Z"}
         return {**made, "status": {"conditions": list(conditions), **status}}
 

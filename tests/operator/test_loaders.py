@@ -1,5 +1,6 @@
 """Asking loaders for their path: a real loader, and addresses where none answers."""
 
+import asyncio
 import http.server
 import json
 import threading
@@ -94,3 +95,27 @@ async def test_an_answer_that_does_not_tell_is_no_answer(serve: Serve, answer: b
 @pytest.mark.parametrize("ip", ["127.0.0.1", "::1", "not an address"])
 async def test_nobody_there(ip: str) -> None:
     assert await Loaders(9).paths([at(ip)]) == {}
+
+
+async def test_a_loader_that_does_not_answer_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Thousands may be behind a NetworkPolicy; whoever asks is called when one has told."""
+    monkeypatch.setattr("headrace_operator.cluster.loaders._PATIENCE_SECONDS", 0)
+    may_answer, told = asyncio.Event(), asyncio.Event()
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await may_answer.wait()
+        body = b'{"directPath": {"active": true, "reason": "", "message": ""}}'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        loaders = Loaders(server.sockets[0].getsockname()[1])
+        for _ in range(2):
+            assert await loaders.paths([at()], told.set) == {}
+        assert not told.is_set()
+        may_answer.set()
+        await told.wait()
+        assert await loaders.paths([at()]) == {"uid": LoadedPath(True, "", "")}

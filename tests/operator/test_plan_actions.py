@@ -70,7 +70,7 @@ def test_a_changed_model_shards_first_and_keeps_the_old_template(build: SimpleNa
     new = build.resource({"model": {"revision": "v2"}, "replicas": 3})
     observed = build.world(new, deployment=live, jobs=(build.done(old),))
     result = build.plan(new, observed)
-    assert kinds(result) == ["Job", "PodDisruptionBudget"]
+    assert kinds(result) == ["Job", "Service", "PodDisruptionBudget"]
     assert result.scale == Scale("Deployment", "tiny", {"replicas": 3})
     # the Job of the old checkpoint is done with
     assert [(d.kind, d.name) for d in result.delete] == [("Job", build.job_name(old))]
@@ -91,7 +91,7 @@ def test_a_failed_shard_job_keeps_the_old_pods_serving(build: SimpleNamespace) -
         build.container("engine", ready=True),
     )
     observed = build.world(new, deployment=live, jobs=(failed,), pods=(pod,))
-    assert kinds(build.plan(new, observed)) == []
+    assert kinds(build.plan(new, observed)) == ["Service"]
     conditions = build.conditions(new, observed)
     assert conditions["Available"]["status"] == "True"
     assert conditions["Ready"]["reason"] == conditions["CheckpointReady"]["reason"]
@@ -112,6 +112,36 @@ def test_a_failed_job_is_tried_again_when_the_spec_changes_but_not_its_replicas(
         job = Deletion("Job", build.job_name(resource), "ns", "uid-job")
         assert result.delete == ((job,) if retried else ())
         assert kinds(result) == []
+
+
+def test_a_job_that_has_not_begun_gives_way_to_one_of_the_changed_spec(
+    build: SimpleNamespace,
+) -> None:
+    """It may wait for a node or an image that will never be there."""
+    changed = build.resource({"sharding": {"nodeSelector": {"pool": "cpu"}}})
+    pending = build.job_pod(build.container("shard"), phase="Pending")
+    running = build.job_pod(build.container("shard"), phase="Running")
+    for status, pods, replaced in (
+        ({}, (pending,), True),
+        ({}, (), True),
+        ({}, (running,), False),
+        ({"failed": 1}, (pending,), False),
+    ):
+        job = build.job(build.resource(), **status)
+        observed = build.world(changed, jobs=(job,), pods=pods)
+        result = build.plan(changed, observed)
+        assert [deletion.uid for deletion in result.delete] == (["uid-job"] if replaced else [])
+        same = build.plan(build.resource(), observed)
+        assert same.delete == ()
+
+
+def test_no_part_of_a_source_is_taken_for_a_variable(build: SimpleNamespace) -> None:
+    resource = build.resource({"model": {"source": "pvc://models/a$(HOME)$$b"}})
+    observed = Observed(claim=build.claim(), source_claim=build.claim("models"))
+    job = of_kind(build.plan(resource, observed), "Job")
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[command.index("--source") + 1] == "/mnt/source/a$$(HOME)$$$$b"
+    assert "a$$(HOME)$$$$b" in command[command.index("--identity") + 1]
 
 
 def test_only_a_quantization_that_is_made_is_an_argument_of_the_job(build: SimpleNamespace) -> None:
@@ -165,11 +195,11 @@ def test_an_operator_with_another_template_leaves_the_deployment_alone_but_scale
     live["metadata"]["annotations"]["headrace.dev/template-version"] = "0"
     observed = build.world(resource, deployment=live)
     result = build.plan(resource, observed)
-    assert (kinds(result), result.scale) == ([], None)
+    assert (kinds(result), result.scale) == (["Service"], None)
     scaled = build.resource({"replicas": 4})
     assert build.plan(scaled, observed).scale == Scale("Deployment", "tiny", {"replicas": 4})
     # scaling is no change of the spec that the template depends on
-    assert kinds(build.plan(scaled, observed)) == ["PodDisruptionBudget"]
+    assert kinds(build.plan(scaled, observed)) == ["Service", "PodDisruptionBudget"]
     changed = build.resource({"engine": {"args": ["--x"]}})
     body = of_kind(build.plan(changed, observed), "Deployment")
     assert body["metadata"]["annotations"]["headrace.dev/template-version"] == str(VERSION)

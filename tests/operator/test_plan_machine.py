@@ -38,6 +38,8 @@ SPECS: list[dict[str, Any]] = [
     {"gpu": {"sharing": "ResourceClaim"}, "parallelism": {"tensorParallelSize": 2}},
     {"gpu": {"sharing": "WholeNode"}, "parallelism": {"tensorParallelSize": 2}},
     {"volume": {"existingClaim": {"name": "other"}}},
+    {"volume": {"root": "other/root"}},
+    {"checkpoint": {"reclaimPolicy": "Delete"}},
     {
         "volume": {
             "existingClaim": None,
@@ -63,7 +65,7 @@ class Cluster(RuleBasedStateMachine):
         self.uids = map(str, itertools.count())
         self.resource = self.build.resource()
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
-        self.sharded: list[str] = []
+        self.published: set[tuple[str, str]] = set()
         for name in ("weights", "models", "other"):
             claim = self.build.claim(name)
             self.objects["PersistentVolumeClaim", name] = claim | {"kind": "PersistentVolumeClaim"}
@@ -136,7 +138,8 @@ class Cluster(RuleBasedStateMachine):
             assert all(owner["uid"] == uid_of(self.resource) for owner in owners)
             if kind == "Deployment":
                 assert name == name_of(self.resource)
-                assert len(self.names("Job")) <= 2
+                keeps = self.resource["spec"].get("checkpoint", {}).get("reclaimPolicy") == "Delete"
+                assert len(self.names("Job")) <= 2 or keeps
 
     @rule()
     def leave_alone(self) -> None:
@@ -205,7 +208,9 @@ class Cluster(RuleBasedStateMachine):
             claim=named("PersistentVolumeClaim", wanted.claim),
             source_claim=named("PersistentVolumeClaim", wanted.source_claim),
             volume=named("PersistentVolume", wanted.volume),
-            jobs=owned("Job"),
+            jobs=tuple(
+                copy.deepcopy(o) for (k, _), o in sorted(self.objects.items()) if k == "Job"
+            ),
             deployment=named("Deployment", "tiny"),
             service=named("Service", "tiny"),
             disruption_budget=named("PodDisruptionBudget", "tiny"),
@@ -277,13 +282,20 @@ class Cluster(RuleBasedStateMachine):
             return
         made = copy.deepcopy(dict(body))
         known = live or {"metadata": {"uid": next(self.uids), "generation": 0}}
-        if live is None and body["kind"] == "Job":
-            self.sharded.append(name_of(body))
+        if body["kind"] == "Deployment":
+            self.check_the_template(body, live or {})
         made["metadata"] |= {
             "uid": known["metadata"]["uid"],
             "generation": known["metadata"].get("generation", 0) + 1,
         }
         self.objects[key] = {**made, **{k: known[k] for k in ("status", "observed") if k in known}}
+
+    def check_the_template(self, body: Any, live: Any) -> None:
+        """No pod goes for one whose checkpoint is not there."""
+        pod, before = body["spec"]["template"], live.get("spec", {}).get("template")
+        loader = pod["spec"]["initContainers"][0]["command"]
+        path = loader[loader.index("--checkpoint") + 1]
+        assert pod == before or (mounted(pod), path) in self.published
 
     def scale(self, changed: Mapping[str, Any]) -> None:
         deployment = self.objects["Deployment", "tiny"]
@@ -302,10 +314,19 @@ class Cluster(RuleBasedStateMachine):
                 continue
             if kind == "Job" and not body.get("status"):
                 body["status"] = {"conditions": [self.build.condition("Complete")]}
+                self.run(body["spec"]["template"])
             elif kind == "Deployment":
                 self.roll(body)
             elif kind in ("PersistentVolume", "PersistentVolumeClaim"):
                 body["status"] = {"phase": "Bound"}
+
+    def run(self, pod: Any) -> None:
+        """Publish or delete, as the pod of a Job is told."""
+        command = pod["spec"]["containers"][0]["command"]
+        if command[1] == "delete":
+            self.published -= {(mounted(pod), path) for path in command[2:]}
+        else:
+            self.published.add((mounted(pod), command[command.index("--output") + 1]))
 
     def roll(self, deployment: dict[str, Any]) -> None:
         """Bring the pods to the template and the number that are asked for, at once."""
@@ -318,6 +339,12 @@ class Cluster(RuleBasedStateMachine):
             "updatedReplicas": count,
             "readyReplicas": count,
         }
+
+
+def mounted(pod: Any) -> str:
+    """Return the claim of a pod template's volume of weights."""
+    (volume,) = (v for v in pod["spec"]["volumes"] if v["name"] == "weights")
+    return str(volume["persistentVolumeClaim"]["claimName"])
 
 
 def _holds(desired: Any, live: Any) -> bool:

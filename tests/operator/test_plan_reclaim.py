@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from headrace_operator.plan.names import FINALIZER, checkpoint_path
+from headrace_operator.plan.world import Rejection
 
 DELETE = {"checkpoint": {"reclaimPolicy": "Delete"}}
 
@@ -66,9 +68,17 @@ def test_what_a_loader_of_another_checkpoint_misses_does_not_count(build: Simple
     resource, other = build.resource(), build.resource({"model": {"revision": "old"}})
     job = build.done(resource)
     job["status"]["completionTime"] = "2026-11-24T11:00:00Z"
-    pod = missing(build, other, "2026-11-24T11:00:05Z")
-    observed = build.world(resource, jobs=(job,), pods=(pod,))
-    assert build.conditions(resource, observed)["CheckpointReady"]["status"] == "True"
+    elsewhere = build.resource({"volume": {"root": "elsewhere"}})
+    template = build.deployment(elsewhere)["spec"]["template"]
+    for pod in (
+        missing(build, other, "2026-11-24T11:00:05Z"),
+        missing(build, resource, "2026-11-24T11:00:05Z") | {"spec": template["spec"]},
+    ):
+        observed = build.world(resource, jobs=(job,), pods=(pod,))
+        assert build.conditions(resource, observed)["CheckpointReady"]["status"] == "True"
+    same = pod | {"spec": build.deployment(resource)["spec"]["template"]["spec"]}
+    observed = build.world(resource, jobs=(job,), pods=(same,))
+    assert build.conditions(resource, observed)["CheckpointReady"]["status"] == "False"
 
 
 @pytest.mark.parametrize(
@@ -206,3 +216,162 @@ def test_the_checkpoint_of_an_earlier_spec_goes_once_the_new_one_serves(
     result = build.plan(new, used)
     assert jobs_of(result) == []
     assert [deletion.uid for deletion in result.delete] == ["uid-old"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"existingClaim": {"name": "other"}}, {"root": "elsewhere"}], ids=["claim", "root"]
+)
+def test_a_checkpoint_counts_in_its_own_place_alone(build: SimpleNamespace, change: Any) -> None:
+    old, new = build.resource(), build.resource({"volume": change})
+    claim = build.claim(new["spec"]["volume"]["existingClaim"]["name"])
+    made, live = build.done(old), build.deployment(old)
+    observed = build.world(new, claim=claim, jobs=(made,), deployment=live)
+    result = build.plan(new, observed)
+    assert [d.body["kind"] for d in result.apply] == ["Job", "Service"]  # no pod goes before it
+    (job,) = jobs_of(result)
+    assert job["metadata"]["name"] != made["metadata"]["name"]
+    assert [deletion.uid for deletion in result.delete] == [made["metadata"]["uid"]]
+    assert build.conditions(new, observed)["CheckpointReady"]["reason"] == "ShardJobCreating"
+    job["metadata"]["uid"] = "uid-new"
+    job["status"] = {"conditions": [build.condition("Complete")]}
+    both = replace(observed, jobs=(made, job))
+    assert build.conditions(new, both)["CheckpointReady"]["status"] == "True"
+    assert build.conditions(old, replace(both, claim=build.claim()))["CheckpointReady"][
+        "status"
+    ] == ("True")
+
+
+def test_a_claim_made_anew_under_the_same_name_is_empty(build: SimpleNamespace) -> None:
+    resource, claim = build.resource(), build.claim()
+    job = build.done(resource)
+    job["status"]["completionTime"] = "2026-11-24T11:00:00Z"
+    live = build.deployment(resource)
+    for made, again in (("2026-11-24T10:00:00Z", False), ("2026-11-24T11:30:00Z", True)):
+        claim["metadata"]["creationTimestamp"] = made
+        result = build.plan(
+            resource, build.world(resource, claim=claim, jobs=(job,), deployment=live)
+        )
+        assert len(jobs_of(result)) == again
+        assert [deletion.uid for deletion in result.delete] == (["uid-job"] if again else [])
+
+
+def settled(build: SimpleNamespace, spec: Any, *jobs: Any) -> tuple[Any, Any]:
+    """A ModelDeployment that serves, and its world with these Jobs beside its own."""
+    resource = build.resource(build.merged(DELETE, spec))
+    held = {"ready": True, "running": {"startedAt": "2026-11-24T11:00:00Z"}}
+    loader, engine = build.container("loader", **held), build.container("engine", **held)
+    pod = build.serving_pod(resource, loader, engine, conditions=(build.condition("Ready"),))
+    claim = build.claim(resource["spec"]["volume"]["existingClaim"]["name"])
+    live, own = build.deployment(resource), build.done(resource)
+    observed = build.world(resource, claim=claim, jobs=(own, *jobs), deployment=live, pods=(pod,))
+    assert build.conditions(resource, observed)["Ready"]["status"] == "True"
+    return resource, observed
+
+
+def reclaim_job(build: SimpleNamespace, *conditions: str) -> tuple[Any, Any]:
+    """The Job that deletes the checkpoint of the first spec, and that spec's own."""
+    record = build.done(build.resource(DELETE))
+    record["metadata"]["uid"] = "uid-record"
+    (job,) = jobs_of(build.plan(*settled(build, {"model": {"revision": "v2"}}, record)))
+    job["metadata"]["uid"] = "uid-reclaim"
+    return {**job, "status": {"conditions": [build.condition(c) for c in conditions]}}, record
+
+
+def test_nothing_is_deleted_on_a_volume_that_is_another_one_by_now(build: SimpleNamespace) -> None:
+    """The path may be someone else's there."""
+    record = build.done(build.resource(DELETE))
+    record["metadata"]["uid"] = "uid-record"
+    change = {"model": {"revision": "v2"}, "volume": {"existingClaim": {"name": "other"}}}
+    resource, observed = settled(build, change, record)
+    result = build.plan(resource, observed)
+    assert jobs_of(result) == []
+    assert [deletion.uid for deletion in result.delete] == ["uid-record"]
+    (event,) = (t for t in result.transitions if t.reason == "CheckpointKept")
+    assert "no longer names its claim weights" in event.message
+    # nor when the ModelDeployment goes
+    going = deleted(build, build.merged(DELETE, change))
+    (job,) = jobs_of(build.plan(going, replace(observed, deployment=None, pods=())))
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[2:] == [f"/mnt/weights/{checkpoint_path(build.spec_of(going))}"]
+
+
+def test_a_checkpoint_that_is_wanted_again_while_it_is_deleted_is_not_trusted(
+    build: SimpleNamespace,
+) -> None:
+    reclaim, record = reclaim_job(build)
+    again = build.resource(DELETE)
+    live = build.deployment(build.resource(build.merged(DELETE, {"model": {"revision": "v2"}})))
+    observed = build.world(again, jobs=(record, reclaim), deployment=live)
+    result = build.plan(again, observed)
+    assert [d.body["kind"] for d in result.apply] == ["Service"]
+    assert result.delete == ()
+    assert build.conditions(again, observed)["CheckpointReady"]["reason"] == "ShardJobReplacing"
+    reclaim["status"]["conditions"] = [build.condition("Complete")]
+    ended = build.plan(again, observed)
+    assert [deletion.uid for deletion in ended.delete] == ["uid-record", "uid-reclaim"]
+    assert len(jobs_of(build.plan(again, replace(observed, jobs=())))) == 1
+
+
+def test_a_job_of_an_earlier_round_says_nothing_about_the_next(build: SimpleNamespace) -> None:
+    reclaim, _ = reclaim_job(build, "Complete")
+    resource, observed = settled(build, {"model": {"revision": "v3"}}, reclaim)
+    assert [deletion.uid for deletion in build.plan(resource, observed).delete] == ["uid-reclaim"]
+
+
+def test_a_refused_deletion_is_told(build: SimpleNamespace) -> None:
+    reclaim, record = reclaim_job(build)
+    resource, observed = settled(build, {"model": {"revision": "v2"}}, record)
+    refusal = Rejection("Job", reclaim["metadata"]["name"], "Forbidden", "exceeded quota: jobs")
+    refused = replace(observed, rejections=(refusal,))
+    (event,) = (t for t in build.plan(resource, refused).transitions if t.warning)
+    assert (event.reason, "exceeded quota" in event.message) == ("CheckpointKept", True)
+    going = deleted(build)
+    alone = build.world(going, jobs=(), rejections=(refusal,))
+    result = build.plan(going, alone)
+    assert (result.finalizer, [t.reason for t in result.transitions]) == (False, ["CheckpointKept"])
+
+
+def test_groups_go_before_their_checkpoint(build: SimpleNamespace) -> None:
+    spec = {**DELETE, "parallelism": {"tensorParallelSize": 2, "nodes": 2}}
+    resource = deleted(build, spec)
+    made = build.plan(build.resource(spec), build.world(build.resource(spec)))
+    (group,) = (d.body for d in made.apply if d.body["kind"] == "LeaderWorkerSet")
+    group["metadata"]["uid"] = "uid-group"
+    result = build.plan(resource, build.world(resource, deployment=group))
+    assert [(d.kind, d.uid) for d in result.delete] == [("LeaderWorkerSet", "uid-group")]
+
+
+def test_orphans_keep_serving_from_their_checkpoint(build: SimpleNamespace) -> None:
+    resource = deleted(build)
+    resource["metadata"]["finalizers"].append("orphan")
+    live = build.deployment(build.resource(DELETE))
+    result = build.plan(resource, build.world(resource, deployment=live))
+    assert (result.finalizer, result.apply, result.delete) == (False, (), ())
+
+
+def test_a_deletion_that_cannot_end_is_given_up(build: SimpleNamespace) -> None:
+    """Its pod is on a node that is lost, or nobody admits its Job."""
+    resource = deleted(build)
+    pod = build.serving_pod(resource, build.container("loader"), build.container("engine"))
+    observed = build.world(resource, pods=(pod,))
+    for minutes, finalizer in ((-29, True), (-31, False)):
+        since = (build.now + timedelta(minutes=minutes)).isoformat()
+        resource["metadata"]["deletionTimestamp"] = since
+        result = build.plan(resource, observed)
+        assert result.finalizer is finalizer
+    assert [t.reason for t in result.transitions] == ["CheckpointKept"]
+
+
+def test_a_checkpoint_that_keeps_vanishing_stalls(build: SimpleNamespace) -> None:
+    """As does a Job that failed to make one again, which has another name than the first."""
+    resource = build.resource()
+    job = build.done(resource)
+    job["metadata"]["annotations"]["headrace.dev/attempt"] = "3"
+    job["status"]["completionTime"] = "2026-11-24T11:00:00Z"
+    pod = missing(build, resource, "2026-11-24T11:00:05Z")
+    observed = build.world(resource, jobs=(job,), pods=(pod,))
+    assert build.conditions(resource, observed)["Stalled"]["reason"] == "CheckpointMissing"
+    failed = build.job(resource, build.condition("Failed", reason="BackoffLimitExceeded"))
+    failed["metadata"]["name"] += "-again"
+    observed = build.world(resource, jobs=(failed,))
+    assert build.conditions(resource, observed)["Stalled"]["status"] == "True"

@@ -119,7 +119,8 @@ def test_what_does_not_become_ready_in_time_gives_way_to_the_last_that_did(
 
     back = live(body, DONE, replicas=4, updatedReplicas=4, readyReplicas=4)
     result = build.plan(new, build.world(new, deployment=back))
-    assert (kinds(result), result.scale) == (["PodDisruptionBudget"], None)  # not tried again
+    assert kinds(result) == ["Service", "PodDisruptionBudget"]  # not tried again
+    assert result.scale is None
     scaled = build.merged(new, {"spec": {"replicas": 6}})
     result = build.plan(scaled, build.world(scaled, deployment=back))
     assert result.scale == Scale("Deployment", "tiny", {"replicas": 6})
@@ -223,7 +224,7 @@ def test_a_paused_rollout_neither_begins_nor_goes_on(build: SimpleNamespace) -> 
     stable = live(body_of(build.plan(old, build.world(old))), DONE)
     new = build.resource(NEW | paused)
     result = build.plan(new, build.world(new, deployment=stable))
-    assert kinds(result) == ["PodDisruptionBudget"]
+    assert kinds(result) == ["Service", "PodDisruptionBudget"]
     assert result.scale == Scale("Deployment", "tiny", {"paused": True})
     rolling = body_of(build.plan(build.resource(NEW), build.world(new, deployment=stable)))
     halfway = build.world(new, deployment=live(rolling, replicas=4, updatedReplicas=1))
@@ -232,6 +233,46 @@ def test_a_paused_rollout_neither_begins_nor_goes_on(build: SimpleNamespace) -> 
     rolling["spec"]["paused"] = True
     halfway = build.world(new, deployment=live(rolling, replicas=4, updatedReplicas=1))
     assert body_of(build.plan(build.resource(NEW), halfway))["spec"]["paused"] is False
+
+
+def test_a_pause_holds_no_first_pod_back(build: SimpleNamespace) -> None:
+    """The Deployment controller makes no pods for a Deployment that was always paused."""
+    resource = build.resource({"rollout": {"paused": True}})
+    made = body_of(build.plan(resource, build.world(resource)))
+    assert "paused" not in made["spec"]
+    for status, paused in (({}, None), (live(made)["status"], True)):
+        world = build.world(resource, deployment=live(made) | {"status": status})
+        assert body_of(build.plan(resource, world))["spec"].get("paused") is paused
+
+
+@pytest.mark.parametrize(
+    ("rollout", "updated", "reason"),
+    [
+        ({"paused": True}, None, "RolloutPaused"),
+        ({"paused": True}, 1, "RolloutPaused"),
+        ({"canary": {"percentage": 25, "seconds": 90}}, 1, "CanaryStanding"),
+        ({}, 1, "PodsStarting"),
+    ],
+)
+def test_ready_says_what_holds_the_other_replicas_back(
+    build: SimpleNamespace, rollout: Any, updated: int | None, reason: str
+) -> None:
+    """Also where the new ones are of another checkpoint, so that few hold its weights."""
+    old, new = build.resource(OLD), build.resource({**NEW, "model": {"revision": "v2"}})
+    new["spec"]["rollout"] = rollout
+    counts = {"replicas": 4, "updatedReplicas": 4, "readyReplicas": 4}
+    stable = live(body_of(build.plan(old, build.world(old))), DONE, **counts)
+    if updated is None:
+        observed = build.world(new, deployment=stable)
+    else:
+        plain = build.resource({**NEW, "model": {"revision": "v2"}})
+        rolling = body_of(build.plan(plain, build.world(plain, deployment=stable)))
+        counts["updatedReplicas"] = updated
+        present = (*pods(build, stable, 9, 9, 9), *pods(build, rolling, 9))
+        observed = build.world(new, deployment=live(rolling, **counts), pods=present)
+    status = build.plan(new, observed).status["status"]
+    assert status["updatedReplicas"] == (updated or 0)
+    assert build.conditions(new, observed)["Ready"]["reason"] == reason
 
 
 def test_the_budget_is_there_for_more_than_one_replica(build: SimpleNamespace) -> None:
@@ -382,4 +423,4 @@ def test_overrides_beyond_a_tenants_reach_stop_everything(
     conditions = {c["type"]: c for c in result.status["status"]["conditions"]}
     assert conditions["Ready"]["reason"] == conditions["Stalled"]["reason"] == reason
     serving = build.world(resource, deployment=build.deployment(build.resource()))
-    assert plan(resource, serving, strict, build.now).apply == ()
+    assert kinds(plan(resource, serving, strict, build.now)) == ["Service"]

@@ -279,6 +279,12 @@ def test_pods_that_cannot_be_made_are_explained(build: SimpleNamespace) -> None:
     deployment["status"]["conditions"] = [build.condition("ReplicaFailure", message=message)]
     result = build.conditions(resource, build.world(resource, deployment=deployment))
     expect(result["WeightsResident"], "False", "PodsRejected", "violates PodSecurity")
+    # also where a quota lets some of them through
+    many = build.resource({"replicas": 2})
+    held = build.container("loader", ready=True)
+    pods = (build.serving_pod(many, held, build.container("engine", ready=True)),)
+    result = build.conditions(many, build.world(many, deployment=deployment, pods=pods))
+    expect(result["WeightsResident"], "False", "PodsRejected", "violates PodSecurity")
 
 
 def test_direct_path(build: SimpleNamespace) -> None:

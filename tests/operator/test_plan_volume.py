@@ -126,6 +126,9 @@ def test_a_refused_storage_class_leaves_nothing_behind(build: SimpleNamespace) -
     result = build.plan(resource, Observed(storage_class=storage_class()))
     assert kinds(result) == []
     assert volume_ready(result)["reason"] == "CapacityInvalid"
+    conditions = build.conditions(resource, Observed(storage_class=storage_class()))
+    assert conditions["Stalled"]["reason"] == "CapacityInvalid"  # nobody is on the way
+    assert result.requeue_seconds == 5.0  # nothing tells of another class of that name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The store: the newest version wins, listings repair it, a dead watch is noticed."""
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -146,3 +147,13 @@ def test_a_claim_of_others_concerns_those_who_use_it() -> None:
     store.use_claims(OWNER, ("other",))
     body["metadata"]["resourceVersion"] = "4"
     assert store.observe(CLAIM, body, gone=False) == set()
+
+
+def test_nothing_is_remembered_of_those_that_are_gone() -> None:
+    store = Store([MODEL_DEPLOYMENT, CLAIM])
+    before = pickle.dumps(vars(store))
+    for number in range(3):
+        gone = Key("ns", f"gone-{number}")
+        store.use_claims(gone, ("weights", f"source-{number}"))
+        store.use_claims(gone, ())
+    assert pickle.dumps(vars(store)) == before

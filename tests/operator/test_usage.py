@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 from headrace_operator import metrics
 from headrace_operator.cluster.store import Key
 from headrace_operator.coldstart import ColdStarts
-from headrace_operator.usage import CheckpointJobs, Gpus, Remembered
+from headrace_operator.usage import CheckpointJobs, Gpus, Remembered, gpus_of
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 RESOURCE = {"spec": {"parallelism": {"tensorParallelSize": 8}}}
@@ -58,6 +58,8 @@ def test_gpus_of_a_claim_are_those_of_the_spec_and_pods_without_any_hold_none() 
     claimed = pod("claimed", resourceClaims=[{"name": "gpu"}], ready=True)
     ended = pod("ended", **whole_node(4)) | {"status": {"phase": "Failed"}}
     gpus.note(key, RESOURCE, [claimed, pod("cpu"), ended], NOON)
+    groups = {"spec": {"parallelism": {"tensorParallelSize": 8, "nodes": 2}}}
+    assert gpus_of(claimed, groups) == 4  # each node's pod has its part
     assert value("gpus", key, state="serving") == 8
     assert value("gpus", key, state="idle") == 0
 
@@ -122,13 +124,25 @@ def test_nothing_is_told_of_a_model_deployment_that_is_gone() -> None:
     key = Key("ns", "gone")
     status = {"readyReplicas": 1, "checkpoint": {"totalBytes": 7}, "conditions": []}
     metrics.report_status(*key, 2, status)
-    ColdStarts(NOON).note(key, [started("a")])
+    cold_starts = ColdStarts(NOON)
+    cold_starts.note(key, [started("a")])
     CheckpointJobs(NOON).note(key, [job("gone", "Complete")])
     Gpus().note(key, RESOURCE, [], NOON)
     assert value("modeldeployment_checkpoint_bytes", key) == 7
     metrics.forget(*key)
     left = [s for f in REGISTRY.collect() for s in f.samples if s.labels.get("name") == "gone"]
     assert left == []
+    # one of the same name that takes its pods over starts anew
+    cold_starts.forget(key)
+    cold_starts.note(key, [started("a")])
+    assert value("pod_cold_start_phase_duration_seconds", key, pod="a", phase="total") is not None
+
+
+def test_the_size_is_that_of_the_checkpoint_of_today() -> None:
+    key = Key("ns", "sizes")
+    for size, shown in (({"totalBytes": 7}, 7), ({}, None)):
+        metrics.report_status(*key, 1, {"checkpoint": size})
+        assert value("modeldeployment_checkpoint_bytes", key) == shown
 
 
 def test_what_was_counted_is_remembered_within_bounds() -> None:

@@ -150,9 +150,9 @@ class Api:
         except _NETWORK_ERRORS as error:
             raise errors.Unavailable(f"{what}: {type(error).__name__}: {error}") from error
         try:
+            API_REQUESTS.labels("WATCH", str(response.status)).inc()
             if response.status >= 300:
                 raise _error(what, response.status, await response.read(), "")
-            API_REQUESTS.labels("WATCH", str(response.status)).inc()
             rest = b""
             async for chunk in response.content.iter_any():
                 *lines, rest = (rest + chunk).split(b"\n")

@@ -33,6 +33,7 @@ from headrace_operator.plan.names import (
 from headrace_operator.plan.objects import (
     controller_uid,
     format_time,
+    is_deleting,
     items,
     mapping,
     name_of,
@@ -52,7 +53,7 @@ class Executor:
     def __init__(self, api: Api, store: Store) -> None:
         self._api = api
         self._store = store
-        # Digest of what was applied last and the version it led to, by UID: a value that the
+        # Digest of what was applied last and the generation it led to, by UID: a value that the
         # API server writes in another way than given differs for ever, but is applied once.
         self._applied: dict[str, tuple[str, str]] = {}
 
@@ -90,7 +91,10 @@ class Executor:
             written = await self._api.set_finalizers(MODEL_DEPLOYMENT, resource, wanted)
         except NotFound:
             return resource
-        self._store.put(MODEL_DEPLOYMENT, written)
+        if wanted or not is_deleting(resource):
+            self._store.put(MODEL_DEPLOYMENT, written)
+        else:
+            self._store.remove(MODEL_DEPLOYMENT, written)
         return written
 
     async def write_status(self, resource: Object, status: Mapping[str, Any]) -> Object:
@@ -169,6 +173,7 @@ class Executor:
                 message = f"exists and {_whose(live)}; delete or rename one of them"
                 return Rejection(kind.name, name, NAME_CONFLICT, message)
             if live is not None and (desired.once or self._is_applied(body, live)):
+                await self._label(kind, body, live)
                 return None
             written = await self._api.apply(_with_uid(body, live))
         except _FOR_GOOD as error:
@@ -193,8 +198,17 @@ class Executor:
         except NotFound:
             return None
 
+    async def _label(self, kind: Kind, body: Mapping[str, Any], live: Object) -> None:
+        """Restore the labels of an object: without them no watch shows it."""
+        labels = body["metadata"]["labels"]
+        if not _holds(labels, mapping(live, "metadata", "labels")):
+            change = {"metadata": {"labels": labels}}
+            await self._api.merge(kind, name_of(body), text(body, "metadata", "namespace"), change)
+
     def _is_applied(self, body: Mapping[str, Any], live: Object) -> bool:
-        return _holds(body, live) or self._applied.get(uid_of(live)) == _mark(body, live)
+        if self._applied.get(uid_of(live)) == _mark(body, live):
+            return _holds(body["metadata"], live["metadata"])
+        return _holds(body, live)
 
     async def _scale(self, resource: Object, scale: Scale) -> None:
         namespace = text(resource, "metadata", "namespace")
@@ -237,7 +251,9 @@ def _with_uid(body: Mapping[str, Any], live: Object | None) -> Mapping[str, Any]
 
 
 def _mark(body: Mapping[str, Any], live: Object) -> tuple[str, str]:
-    return digest(body, 16), text(live, "metadata", "resourceVersion")
+    metadata = mapping(live, "metadata")
+    # A status that changes is no reason to apply the rest again.
+    return digest(body, 16), str(metadata.get("generation") or metadata.get("resourceVersion"))
 
 
 def _holds(desired: object, live: object) -> bool:

@@ -7,7 +7,7 @@ does not answer costs a bounded wait and leaves its path unknown.
 import asyncio
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import aiohttp
@@ -18,9 +18,12 @@ from headrace_operator.plan.serving import LoaderAddress
 from headrace_operator.plan.world import LoadedPath
 
 _ANSWER_SECONDS = 2.0
+# How long the one who asks first waits for the answer. Those that nobody can reach, because a
+# NetworkPolicy is in the way, may be thousands.
+_PATIENCE_SECONDS = 0.5
 _ASK_AGAIN_SECONDS = 30.0
 _MAX_ANSWER_BYTES = 1 << 20
-_MAX_REMEMBERED = 4096
+_MAX_REMEMBERED = 1 << 15  # more than there are, or all are asked again and again
 _UNREACHABLE = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 
 
@@ -35,9 +38,16 @@ class Loaders:
         self._port = port
         self._told: dict[str, LoadedPath] = {}
         self._silent_until: dict[str, float] = {}
+        self._asking: set[asyncio.Task[None]] = set()
 
-    async def paths(self, loaders: Iterable[LoaderAddress]) -> Mapping[str, LoadedPath]:
-        """Return the paths by pod UID, of the loaders that tell theirs."""
+    async def paths(
+        self, loaders: Iterable[LoaderAddress], notify: Callable[[], None] = lambda: None
+    ) -> Mapping[str, LoadedPath]:
+        """Return the paths by pod UID, of the loaders that have told theirs.
+
+        Those asked before are asked behind the caller's back; `notify` is called when one of
+        them, or one that took its time, has told.
+        """
         loaders = tuple(loaders)
         now = time.monotonic()
         unknown = [
@@ -47,28 +57,41 @@ class Loaders:
             and self._silent_until.get(loader.container_id, 0.0) <= now
         ]
         if unknown:
-            timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
-            async with aiohttp.ClientSession(timeout=timeout) as session:
-                await asyncio.gather(*(self._ask(session, loader) for loader in unknown))
+            is_first = any(loader.container_id not in self._silent_until for loader in unknown)
+            for loader in unknown:
+                _remember(self._silent_until, loader, now + _ASK_AGAIN_SECONDS)
+            asking = asyncio.create_task(self._ask_all(unknown))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            seconds = _PATIENCE_SECONDS if is_first else 0
+            _, late = await asyncio.wait([asking], timeout=seconds)
+            if late:
+                asking.add_done_callback(lambda _: self._tell(unknown, notify))
         return {
             loader.pod_uid: self._told[loader.container_id]
             for loader in loaders
             if loader.container_id in self._told
         }
 
+    def _tell(self, loaders: Iterable[LoaderAddress], notify: Callable[[], None]) -> None:
+        if any(loader.container_id in self._told for loader in loaders):
+            notify()
+
+    async def _ask_all(self, loaders: list[LoaderAddress]) -> None:
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            await asyncio.gather(*(self._ask(session, loader) for loader in loaders))
+
     async def _ask(self, session: aiohttp.ClientSession, loader: LoaderAddress) -> None:
         host = f"[{loader.ip}]" if ":" in loader.ip else loader.ip
         url = f"http://{host}:{self._port}/v1/status"
-        path = None
         try:
             async with session.get(url, allow_redirects=False, raise_for_status=True) as response:
                 answer = await response.content.read(_MAX_ANSWER_BYTES)
                 path = _path(json.loads(answer))
         except _UNREACHABLE:
-            pass
-        if path is None:
-            _remember(self._silent_until, loader, time.monotonic() + _ASK_AGAIN_SECONDS)
-        else:
+            return
+        if path is not None:
             _remember(self._told, loader, path)
 
 

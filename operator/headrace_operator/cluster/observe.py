@@ -32,7 +32,7 @@ from headrace_operator.errors import Forbidden, KindNotServed, NotFound
 from headrace_operator.plan import Needs, Observed, needs, path_in_use, wants_history
 from headrace_operator.plan.failures import stuck, stuck_claims
 from headrace_operator.plan.fsx import DRIVER
-from headrace_operator.plan.names import OWNER_LABEL
+from headrace_operator.plan.names import COMPONENT_LABEL, OWNER_LABEL, RECLAIM
 from headrace_operator.plan.objects import (
     at,
     controller_uid,
@@ -57,9 +57,15 @@ _POLICY = "persistentVolumeReclaimPolicy"
 class Observer:
     """Collects what the plan of a ModelDeployment depends on."""
 
-    def __init__(self, api: Api, store: Store) -> None:
+    def __init__(
+        self, api: Api, store: Store, notify: Callable[[Key], None] = lambda _: None
+    ) -> None:
+        """`notify` is told of whom there is more to observe than was returned."""
         self._api = api
         self._store = store
+        self._notify = notify
+        # By ModelDeployment, at a version: reading one takes a hundred times as long as looking.
+        self._paths: dict[Key, tuple[int, str]] = {}
         self._gpus_of_nodes = _Cached(self._list_gpus_of_nodes)
         # That no volume is ill is the usual case, and asking lists all volumes of the cluster.
         self._volumes = _Cached(self._list_volumes, empty_seconds=_CLUSTER_FACTS_SECONDS)
@@ -74,7 +80,7 @@ class Observer:
         key = key_of(resource)
         self._store.use_claims(key, (wanted.claim, wanted.source_claim))
         pods = tuple(self._store.children(POD, key))
-        jobs = self._owned(JOB, resource)
+        jobs = (*self._owned(JOB, resource), *self._reclaiming(key))
         claim = self._store.claim(Key(key.namespace, wanted.claim or ""))
         storage_class, unreadable = await self._storage_class(wanted, claim)
         workloads = (*self._owned(DEPLOYMENT, resource), *self._owned(GROUP_SET, resource))
@@ -107,12 +113,26 @@ class Observer:
             observed = replace(observed, history=history)
         if not wanted.loaded_paths:
             return observed
-        told = await self._loaders.paths(loader_addresses(observed))
+        told = await self._loaders.paths(loader_addresses(observed), lambda: self._notify(key))
         return replace(observed, loaded_paths=told)
 
     def _paths_of_others(self, key: Key) -> frozenset[str]:
-        others = (self._store.resource(other) for other in self._store.resources() if other != key)
-        return frozenset(filter(None, (path_in_use(other) for other in others if other)))
+        known, self._paths = self._paths, {}
+        for other, version in self._store.versions().items():
+            entry = known.get(other)
+            if entry is None or entry[0] != version:
+                entry = version, path_in_use(self._store.resource(other) or {})
+            self._paths[other] = entry
+        return frozenset(path for other, (_, path) in self._paths.items() if other != key and path)
+
+    def _reclaiming(self, key: Key) -> tuple[Object, ...]:
+        """Return the Jobs that delete checkpoints; they have no owner to be told by."""
+        return tuple(
+            job
+            for job in self._store.children(JOB, key)
+            if text(job, "metadata", "labels", COMPONENT_LABEL) == RECLAIM
+            and not controller_uid(job)
+        )
 
     def _owned(self, kind: Kind, resource: Object) -> tuple[Object, ...]:
         children = self._store.children(kind, key_of(resource))

@@ -50,6 +50,10 @@ class Store:
         """Take over the answer to a write."""
         self._tables[kind].put(body)
 
+    def remove(self, kind: Kind, body: Object) -> None:
+        """Take over that a write was an object's end; the watch may tell of its children first."""
+        self._tables[kind].remove(body)
+
     def replace(self, kind: Kind, listing: Listing) -> set[Key]:
         """Take over a complete listing; return the ModelDeployments whose objects changed."""
         changed = self.take(kind, listing.objects)
@@ -89,15 +93,22 @@ class Store:
     def use_claims(self, user: Key, names: Iterable[str | None]) -> None:
         """Note which claims a ModelDeployment depends on: their changes concern it."""
         used = frozenset(Key(user.namespace, name) for name in names if name)
-        for claim in self._used.get(user, frozenset()) - used:
+        for claim in self._used.pop(user, frozenset()) - used:
             self._users[claim].discard(user)
+            if not self._users[claim]:
+                del self._users[claim]
         for claim in used:
             self._users.setdefault(claim, set()).add(user)
-        self._used[user] = used
+        if used:
+            self._used[user] = used
 
     def resources(self) -> list[Key]:
         """Return the keys of all ModelDeployments."""
         return list(self._tables[MODEL_DEPLOYMENT].entries)
+
+    def versions(self) -> dict[Key, int]:
+        """Return the resource versions of all ModelDeployments."""
+        return {key: e.version for key, e in self._tables[MODEL_DEPLOYMENT].entries.items()}
 
     def children(self, kind: Kind, owner: Key) -> Iterator[Object]:
         """Return the objects of a kind that carry the label of a ModelDeployment."""

@@ -17,18 +17,19 @@ from headrace_operator.plan.names import (
     ATTEMPT_ANNOTATION,
     COMPONENT_LABEL,
     KEY_ANNOTATION,
+    PATH_ANNOTATION,
     RECLAIM,
     REPLACES_ANNOTATION,
     SHARD,
     SPEC_HASH_ANNOTATION,
     checkpoint_key,
     checkpoint_path,
-    job_name,
     source_parts,
 )
 from headrace_operator.plan.objects import (
     Object,
     camel_case,
+    canonical_json,
     condition_of,
     integer,
     is_deleting,
@@ -40,6 +41,7 @@ from headrace_operator.plan.objects import (
     text,
     uid_of,
 )
+from headrace_operator.plan.pods import WEIGHTS, WEIGHTS_PATH
 from headrace_operator.plan.shard_job import BACKOFF_LIMIT, retry_hash, shard_job
 from headrace_operator.plan.termination import Termination, termination_of
 from headrace_operator.plan.volume import is_usable
@@ -77,56 +79,115 @@ def plan_checkpoint(
 ) -> Checkpoint:
     """Decide about the shard Job and derive CheckpointReady."""
     jobs = [job for job in observed.jobs if _component(job) != RECLAIM]
-    job = _current(spec, jobs)
+    here = [j for j in jobs if _is_here(spec, claim, j) and not _is_older(j, observed.claim)]
+    path = checkpoint_path(spec)
+    reclaim = next((job for job in observed.jobs if path in reclaimed_by(job)), None)
+    if reclaim is not None:
+        return _wait_for(reclaim, here)
+    job = _current(here)
     stale = tuple(
-        deletion_of(j) for j in jobs if j is not job and uid_of(j) and not is_record(spec, j)
+        Deletion.of(j) for j in jobs if j is not job and uid_of(j) and not is_record(spec, claim, j)
     )
     if job is not None:
         found = _of_job(owner, spec, job, observed, stale)
-        lost = _lost(spec, job, observed) if found.is_ready else None
+        lost = _lost(spec, claim, job, observed) if found.is_ready else None
         found = replace(found, job=job)
         if lost is None or claim is None:
             return found
         return _make_again(owner, spec, claim, job, lost, found, observed, settings)
-    current = job_name(name_of(owner), spec)
     if claim is None or not is_usable(observed):
         return Checkpoint(waiting("WaitingForVolume", "the volume is not usable"), delete=stale)
     if _source_is_missing(spec, claim, observed):
         return Checkpoint(_missing_source(spec), delete=stale)
+    # The same checkpoint in another place has a Job of the same name.
+    namesake = next((uid_of(j) for j in jobs if _key_of(j) == checkpoint_key(spec)), "")
+    body = shard_job(owner, spec, claim, settings, replaces=namesake)
     rejection = observed.rejection("Job")
-    creating = waiting("ShardJobCreating", f"Job {current} is being created")
-    desired = Desired(shard_job(owner, spec, claim, settings), once=True)
+    creating = waiting("ShardJobCreating", f"Job {name_of(body)} is being created")
     draft = creating if rejection is None else of_rejection(rejection)
-    return Checkpoint(draft, apply=(desired,), delete=stale)
+    return Checkpoint(draft, apply=(Desired(body, once=True),), delete=stale)
 
 
-def is_record(spec: ModelDeploymentSpec, job: Object) -> bool:
+def is_record(spec: ModelDeploymentSpec, claim: str | None, job: Object) -> bool:
     """Whether a Job is kept as the record of a checkpoint that has to be deleted some day."""
-    deletes = spec.checkpoint.reclaim_policy == "Delete"
-    other = mapping(job, "metadata", "annotations").get(KEY_ANNOTATION) != checkpoint_key(spec)
-    return deletes and other and is_true(job, "Complete")
+    deletes = spec.checkpoint.reclaim_policy == "Delete" and claim in (None, claim_of(job))
+    return deletes and not _is_here(spec, claim, job) and is_true(job, "Complete")
+
+
+def claim_of(job: Object) -> str:
+    """Return the claim that a Job of ours writes to."""
+    return _claim_of_pod(mapping(job, "spec", "template"))
+
+
+def _claim_of_pod(pod: Object) -> str:
+    mounted = (v for v in items(pod, "spec", "volumes") if text(v, "name") == WEIGHTS)
+    return text(next(mounted, None), "persistentVolumeClaim", "claimName")
+
+
+def reclaimed_by(job: Object) -> list[str]:
+    """Return the paths that a reclaim Job deletes; none for any other Job."""
+    paths = text(job, "metadata", "annotations", PATH_ANNOTATION)
+    return paths.split(",") if _component(job) == RECLAIM else []
+
+
+def has_ended(job: Object | None) -> bool:
+    """Whether a Job is complete or has failed."""
+    return is_true(job, "Complete") or is_true(job, "Failed")
+
+
+def _is_here(spec: ModelDeploymentSpec, claim: str | None, job: Object) -> bool:
+    """Whether a Job is of the spec's checkpoint, on its volume and at its path."""
+    path = checkpoint_path(spec)
+    found = text(job, "metadata", "annotations", PATH_ANNOTATION) or path  # earlier Jobs lack it
+    same = _key_of(job) == checkpoint_key(spec) and found == path
+    return same and claim in (None, claim_of(job))
+
+
+def _is_older(job: Object, claim: Object | None) -> bool:
+    """Whether a Job was complete before its claim was made: it wrote to another of the name."""
+    ended = parse_time(text(job, "status", "completionTime"))
+    made = parse_time(text(claim, "metadata", "creationTimestamp"))
+    return ended is not None and made is not None and ended < made
+
+
+def _key_of(job: Object) -> str:
+    return text(job, "metadata", "annotations", KEY_ANNOTATION)
+
+
+def _wait_for(reclaim: Object, here: list[Object]) -> Checkpoint:
+    """Wait for a Job that deletes what the spec asks for once more; nothing is trusted after it."""
+    message = f"Job {name_of(reclaim)} deletes this checkpoint for an earlier spec; it has to end"
+    stale = tuple(Deletion.of(job) for job in here) if has_ended(reclaim) else ()
+    return Checkpoint(waiting("ShardJobReplacing", message), delete=stale)
 
 
 def _component(job: Object) -> str:
     return text(job, "metadata", "labels", COMPONENT_LABEL)
 
 
-def _current(spec: ModelDeploymentSpec, jobs: list[Object]) -> Object | None:
-    """Return the Job of the spec's checkpoint: of several, the one that no other replaces."""
-    key = checkpoint_key(spec)
-    same = [j for j in jobs if mapping(j, "metadata", "annotations").get(KEY_ANNOTATION) == key]
-    replaced = {text(j, "metadata", "annotations", REPLACES_ANNOTATION) for j in same}
-    last = [j for j in same if uid_of(j) not in replaced]
+def _current(jobs: list[Object]) -> Object | None:
+    """Return the Job of several for the same checkpoint that no other replaces."""
+    replaced = {text(j, "metadata", "annotations", REPLACES_ANNOTATION) for j in jobs}
+    last = [j for j in jobs if uid_of(j) not in replaced]
     return min(last, key=name_of, default=None)
 
 
-def _lost(spec: ModelDeploymentSpec, job: Object, observed: Observed) -> datetime | None:
+def _is_reader(spec: ModelDeploymentSpec, claim: str | None, pod: Object) -> bool:
+    """Whether a pod looks for the spec's checkpoint where the spec has it."""
+    loaders = items(pod, "spec", "initContainers")
+    path = f"{WEIGHTS_PATH}/{checkpoint_path(spec)}"
+    is_same = _key_of(pod) == checkpoint_key(spec) and _claim_of_pod(pod) in ("", claim)
+    return is_same and (not loaders or canonical_json(path) in canonical_json(loaders))
+
+
+def _lost(
+    spec: ModelDeploymentSpec, claim: str | None, job: Object, observed: Observed
+) -> datetime | None:
     """Return when a loader that started after the Job's end did not find the checkpoint."""
     completed = parse_time(text(job, "status", "completionTime"))
-    key = checkpoint_key(spec)
     found = []
     for pod in observed.pods:
-        if mapping(pod, "metadata", "annotations").get(KEY_ANNOTATION) != key:
+        if not _is_reader(spec, claim, pod):
             continue
         for status in items(pod, "status", "initContainerStatuses"):
             for field in ("state", "lastState"):
@@ -205,6 +266,9 @@ def _of_job(
         return Checkpoint(holds(reason, message), total, delete=stale)
     if is_true(job, "Failed"):
         return _of_failed_job(owner, spec, job, pods, stale)
+    if _is_outdated(spec, job) and not _has_begun(job, pods):
+        draft = waiting("ShardJobReplacing", f"Job {name_of(job)} of an older spec has not begun")
+        return Checkpoint(draft, delete=(*stale, Deletion.of(job)))
     return Checkpoint(_of_running_job(job, pods, observed), delete=stale)
 
 
@@ -215,9 +279,9 @@ def _of_failed_job(
     pods: list[Object],
     stale: tuple[Deletion, ...],
 ) -> Checkpoint:
-    if mapping(job, "metadata", "annotations").get(SPEC_HASH_ANNOTATION) != retry_hash(spec):
+    if _is_outdated(spec, job):
         draft = waiting("ShardJobReplacing", f"Job {name_of(job)} failed for an older spec")
-        return Checkpoint(draft, delete=(*stale, deletion_of(job)))
+        return Checkpoint(draft, delete=(*stale, Deletion.of(job)))
     failure = most_telling(pods, {})
     fix = "change the spec, or correct the cause and delete the Job, to try again"
     if failure is not None:
@@ -230,6 +294,16 @@ def _of_failed_job(
     reason = camel_case(text(condition, "reason"), "ShardingFailed")
     message = f"Job {name_of(job)}: {text(condition, 'message') or reason}; {fix}"
     return Checkpoint(problem(reason, message), delete=stale)
+
+
+def _is_outdated(spec: ModelDeploymentSpec, job: Object) -> bool:
+    return text(job, "metadata", "annotations", SPEC_HASH_ANNOTATION) != retry_hash(spec)
+
+
+def _has_begun(job: Object, pods: list[Object]) -> bool:
+    """Whether a pod of a Job has ever run: work that need not be thrown away."""
+    ended = integer(job, "status", "succeeded") + integer(job, "status", "failed")
+    return ended > 0 or any(text(pod, "status", "phase") != "Pending" for pod in pods)
 
 
 def _known_failure(owner: Object, job: Object) -> Draft | None:
@@ -292,8 +366,3 @@ def _known_total(owner: Object, spec: ModelDeploymentSpec) -> int | None:
     known = mapping(owner, "status", "checkpoint")
     same = text(known, "key") == checkpoint_key(spec)
     return (integer(known, "totalBytes") or None) if same else None
-
-
-def deletion_of(job: Object) -> Deletion:
-    """Return the deletion of a Job."""
-    return Deletion("Job", name_of(job), text(job, "metadata", "namespace"), uid_of(job))

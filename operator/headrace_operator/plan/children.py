@@ -11,7 +11,7 @@ from headrace_operator.plan.names import (
     digest,
     metadata,
 )
-from headrace_operator.plan.objects import Object, at, name_of
+from headrace_operator.plan.objects import Object, at, integer, name_of
 from headrace_operator.plan.rollout import Pin, canary_size, surges
 
 WORKER_INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
@@ -48,8 +48,10 @@ def deployment(
     """
     rollout = spec.rollout
     seconds = rollout.canary.seconds if rollout.canary else 0
+    # One that is paused from its beginning never gets a pod: there has to be something to hold.
+    paused = rollout.paused and integer(live, "status", "observedGeneration") > 0
     # The API server leaves out what is false or 0, so it is said only where that changes something.
-    switches = {"paused": rollout.paused, "minReadySeconds": seconds if canary else 0}
+    switches = {"paused": paused, "minReadySeconds": seconds if canary else 0}
     said = {name: v for name, v in switches.items() if v or at(live, "spec", name)}
     return {
         "apiVersion": "apps/v1",

@@ -72,24 +72,24 @@ def metadata(
     *,
     component: str | None = None,
     annotations: dict[str, str] | None = None,
+    owned: bool = True,
 ) -> dict[str, Any]:
-    """Return the metadata of a namespaced child, owned by the ModelDeployment."""
-    result: dict[str, Any] = {
+    """Return the metadata of a namespaced child, owned by the ModelDeployment or outliving it."""
+    reference = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": name_of(owner),
+        "uid": uid_of(owner),
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+    return {
         "name": name,
         "namespace": text(owner, "metadata", "namespace"),
         "labels": labels(owner, component),
-        "ownerReferences": [
-            {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": name_of(owner),
-                "uid": uid_of(owner),
-                "controller": True,
-                "blockOwnerDeletion": True,
-            }
-        ],
+        **({"ownerReferences": [reference]} if owned else {}),
+        **({"annotations": annotations} if annotations else {}),
     }
-    return {**result, "annotations": annotations} if annotations else result
 
 
 def source_parts(source: str) -> tuple[str, str]:

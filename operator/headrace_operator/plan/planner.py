@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from headrace_operator.api import API_VERSION, KIND
 from headrace_operator.api.spec import ModelDeploymentSpec
 from headrace_operator.api.status import ConditionType
-from headrace_operator.plan.checkpoint import Checkpoint, plan_checkpoint
+from headrace_operator.plan.checkpoint import Checkpoint, has_ended, plan_checkpoint
 from headrace_operator.plan.children import serving_selector
 from headrace_operator.plan.conditions import (
     FALSE,
@@ -36,7 +36,6 @@ from headrace_operator.plan.objects import (
     condition_of,
     integer,
     is_deleting,
-    is_true,
     name_of,
     text,
 )
@@ -54,6 +53,7 @@ from headrace_operator.plan.serving import (
     direct_path,
     failures,
     may_be_direct,
+    pods_rejected,
     refusal,
     weights_resident,
 )
@@ -61,27 +61,17 @@ from headrace_operator.plan.volume import Volume, claim_name, plan_volume, volum
 from headrace_operator.plan.workload import Workload, plan_workload
 from headrace_operator.plan.world import NAME_CONFLICT, Needs, Observed, Plan, Settings
 
-# No event tells that claims of others change, or that children of a deleted object which had
-# the same name are gone.
+# No event tells that volumes, StorageClasses, DeviceClasses, nodes and the kinds that are served
+# change, or that children of a deleted object which had the same name are gone.
 _RECHECK_SECONDS = 5.0
-# Why these last is told only by events, which are looked up once it has lasted; a loader that
-# did not answer is asked again.
-_STANDING = frozenset({"ShardJobStarting", "PodsStarting", "LoaderUnreachable"})
-_UNWATCHED = frozenset(
-    {
-        "ClaimCreating",
-        "ClaimNotFound",
-        "ClaimPending",
-        "ClaimStuck",
-        "ClaimTerminating",
-        "DeviceClassNotFound",
-        "LeaderWorkerSetUnavailable",
-        "Provisioning",
-        "ProvisioningFailed",
-        "SourceClaimNotFound",
-        "StorageClassNotFound",
-        "VolumeMismatch",
-    }
+# Nor that a quota, a permission or an admission policy no longer refuses a child, or that a loader
+# can be reached.
+_RETRY_SECONDS = 60.0
+# Why these last is told only by events, which are looked up once it has lasted.
+_STANDING = frozenset({"ShardJobStarting", "PodsStarting"})
+# Problems of a volume that somebody else, or its owner, is expected to get over.
+_PASSING = frozenset(
+    {"ClaimNotFound", "ClaimStuck", "ClaimTerminating", "ProvisioningFailed", "VolumeMismatch"}
 )
 
 _SUMMARISED = (
@@ -127,7 +117,7 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
     """
     spec = _parse(resource)
     if is_deleting(resource):
-        return _plan_of_deleted(resource, spec, observed, settings)
+        return _plan_of_deleted(resource, spec, observed, settings, now)
     if isinstance(spec, ValidationError):
         return _plan_of_invalid(resource, spec, now)
     volume = plan_volume(resource, spec, observed, settings)
@@ -140,10 +130,10 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
     may_roll = checkpoint.is_ready and refusal(spec, observed) is None
     workload = plan_workload(resource, spec, claim, observed, settings, now, may_roll=may_roll)
     drafts = _drafts(resource, spec, observed, volume, checkpoint, workload)
-    drafts |= _progress(resource, spec, observed, drafts, workload, is_denied=denied is not None)
+    drafts |= _progress(spec, observed, drafts, checkpoint, workload, is_denied=denied is not None)
     settled = drafts[ConditionType.READY].holds and needs_only(checkpoint_key(spec), observed)
     reclaim = plan_reclaim(resource, spec, claim, observed, settings, is_settled=settled)
-    status = _status(resource, spec, volume, observed, checkpoint, drafts)
+    status = _status(resource, spec, volume, observed, checkpoint, drafts, workload)
     if workload.progress is not None:
         status["rollout"] = workload.progress.status()
     return Plan(
@@ -152,7 +142,7 @@ def plan(resource: Object, observed: Observed, settings: Settings, now: datetime
         scale=workload.scale,
         status=_document(resource, status, drafts, now),
         transitions=(*transitions(resource, drafts), *reclaim.transitions),
-        requeue_seconds=_requeue_seconds(drafts, observed, workload),
+        requeue_seconds=_requeue_seconds(spec, drafts, observed, workload),
         finalizer=reclaim.finalizer,
     )
 
@@ -162,10 +152,12 @@ def _plan_of_deleted(
     spec: ModelDeploymentSpec | ValidationError,
     observed: Observed,
     settings: Settings,
+    now: datetime,
 ) -> Plan:
     if isinstance(spec, ValidationError):
         return Plan(finalizer=False)
-    reclaim = plan_last_reclaim(resource, spec, claim_name(resource, spec), observed, settings)
+    claim = claim_name(resource, spec)
+    reclaim = plan_last_reclaim(resource, spec, claim, observed, settings, now)
     return Plan(
         apply=reclaim.apply,
         delete=reclaim.delete,
@@ -235,9 +227,13 @@ def _ready(
     """Summarise: everything is as specified, or the first thing that is not."""
     if workload.is_rolled_back:
         return _gave_up(resource, observed)
-    missing = next((drafts[kind] for kind in _SUMMARISED if not drafts[kind].holds), None)
-    if missing is not None:
-        return Draft(FALSE, missing.reason, missing.message, missing.problem)
+    missing = [drafts[kind] for kind in _SUMMARISED if not drafts[kind].holds]
+    halted = _halted(spec, observed, workload)
+    resident = drafts[ConditionType.WEIGHTS_RESIDENT]
+    # Weights of a new checkpoint that no more replicas load for now are not what is waited for.
+    is_halted = halted is not None and missing == [resident] and not resident.problem
+    if missing and not is_halted:
+        return Draft(FALSE, missing[0].reason, missing[0].message, missing[0].problem)
     # A change of annotations begins a new generation of a Deployment, which is not observed at
     # once: Ready before it would be taken back for a moment.
     is_final = workload.is_current and not workload.is_settling
@@ -247,16 +243,33 @@ def _ready(
     failure = next(iter(failures(observed)), None)
     if failure is not None:
         return of_failure(failure)
-    updated = integer(observed.deployment, "status", "updatedReplicas")
-    counts = f"{updated if workload.is_current else 0} of {spec.replicas} replicas are new"
-    if spec.rollout.paused:
+    if halted is not None:
+        return halted
+    ready = integer(observed.deployment, "status", "readyReplicas")
+    counts = f"{_updated(observed, workload)} of {spec.replicas} replicas are new"
+    message = f"{counts}, {ready} of {spec.replicas} answer requests"
+    return pods_rejected(observed) or waiting("RollingOut", message)
+
+
+def _halted(spec: ModelDeploymentSpec, observed: Observed, workload: Workload) -> Draft | None:
+    """Say what keeps old replicas from being replaced, if anything does."""
+    if observed.deployment is None:
+        return None
+    updated = _updated(observed, workload)
+    counts = f"{updated} of {spec.replicas} replicas are new"
+    is_over = workload.is_current and updated >= integer(observed.deployment, "status", "replicas")
+    if spec.rollout.paused and not is_over:
         return waiting("RolloutPaused", f"{counts}; set spec.rollout.paused to false to go on")
     if workload.canary is not None:
         canary = workload.canary
         stand = f"{canary.standing} of {canary.wanted} canary replicas have stood long enough"
         return waiting("CanaryStanding", f"{counts}; {stand}")
-    ready = integer(observed.deployment, "status", "readyReplicas")
-    return waiting("RollingOut", f"{counts}, {ready} of {spec.replicas} answer requests")
+    return None
+
+
+def _updated(observed: Observed, workload: Workload) -> int:
+    """Return the replicas of the spec's template; the workload counts those of its own."""
+    return integer(observed.deployment, "status", "updatedReplicas") if workload.is_current else 0
 
 
 def _gave_up(resource: Object, observed: Observed) -> Draft:
@@ -274,19 +287,16 @@ def _gave_up(resource: Object, observed: Observed) -> Draft:
 
 
 def _progress(
-    resource: Object,
     spec: ModelDeploymentSpec,
     observed: Observed,
     drafts: dict[ConditionType, Draft],
+    checkpoint: Checkpoint,
     workload: Workload,
     *,
     is_denied: bool,
 ) -> dict[ConditionType, Draft]:
     """Return Reconciling and Stalled, as kstatus reads them: both only when it is not Ready."""
-    ready = drafts[ConditionType.READY]
-    checkpoint = drafts[ConditionType.CHECKPOINT_READY]
-    job = job_name(name_of(resource), spec)
-    job_failed = any(name_of(j) == job and is_true(j, "Failed") for j in observed.jobs)
+    ready, volume = drafts[ConditionType.READY], drafts[ConditionType.VOLUME_READY]
     stalled: Draft | None = None
     if ready.holds:
         return {
@@ -299,8 +309,10 @@ def _progress(
         stalled = problem("ProgressDeadlineExceeded", f"{message}; {ready.message}")
     elif workload.is_rolled_back or is_denied or refusal(spec, observed) is not None:
         stalled = ready
-    elif job_failed and checkpoint.problem:
-        stalled = checkpoint
+    elif volume.problem and volume.reason not in _PASSING:
+        stalled = volume
+    elif checkpoint.draft.problem and has_ended(checkpoint.job):
+        stalled = checkpoint.draft
     elif observed.rejections:
         stalled = of_rejection(observed.rejections[0])
     if stalled is not None:
@@ -321,6 +333,7 @@ def _status(
     observed: Observed,
     checkpoint: Checkpoint,
     drafts: dict[ConditionType, Draft],
+    workload: Workload,
 ) -> dict[str, Any]:
     total = {} if checkpoint.total_bytes is None else {"totalBytes": checkpoint.total_bytes}
     labels = serving_selector(resource, spec)
@@ -330,7 +343,7 @@ def _status(
     return {
         "replicas": integer(observed.deployment, "status", "replicas"),
         "readyReplicas": ready,
-        "updatedReplicas": integer(observed.deployment, "status", "updatedReplicas"),
+        "updatedReplicas": _updated(observed, workload),
         "ready": f"{ready}/{spec.replicas}",
         **path,
         "selector": ",".join(f"{key}={labels[key]}" for key in sorted(labels)),
@@ -383,14 +396,22 @@ def _document(
 
 
 def _requeue_seconds(
-    drafts: dict[ConditionType, Draft], observed: Observed, workload: Workload
+    spec: ModelDeploymentSpec,
+    drafts: dict[ConditionType, Draft],
+    observed: Observed,
+    workload: Workload,
 ) -> float | None:
-    if any(rejection.reason == NAME_CONFLICT for rejection in observed.rejections):
-        return _RECHECK_SECONDS
+    waits = [
+        _RECHECK_SECONDS if rejection.reason == NAME_CONFLICT else _RETRY_SECONDS
+        for rejection in observed.rejections
+    ]
+    if not drafts[ConditionType.VOLUME_READY].holds or refusal(spec, observed) is not None:
+        waits.append(_RECHECK_SECONDS)
     reasons = {draft.reason for draft in drafts.values()}
-    if not reasons.isdisjoint(_UNWATCHED):
-        return _RECHECK_SECONDS
-    waits = [] if reasons.isdisjoint(_STANDING) else [STUCK_SECONDS + 1]
+    if not reasons.isdisjoint(_STANDING):
+        waits.append(STUCK_SECONDS + 1)
+    if "LoaderUnreachable" in reasons:
+        waits.append(_RETRY_SECONDS)
     if workload.canary is not None and workload.canary.seconds is not None:
         waits.append(workload.canary.seconds + 1)
     if workload.progress is not None and workload.progress.seconds > 0:

@@ -7,11 +7,11 @@ nothing that a loader or writer holds on the volume.
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from headrace_operator.api.spec import ModelDeploymentSpec
-from headrace_operator.plan.checkpoint import deletion_of, is_record
-from headrace_operator.plan.conditions import TRUE
+from headrace_operator.plan.checkpoint import claim_of, has_ended, is_record
 from headrace_operator.plan.failures import most_telling
 from headrace_operator.plan.names import (
     COMPONENT_LABEL,
@@ -33,6 +33,7 @@ from headrace_operator.plan.objects import (
     items,
     mapping,
     name_of,
+    parse_time,
     text,
     uid_of,
 )
@@ -42,7 +43,12 @@ from headrace_operator.plan.world import Deletion, Desired, Observed, Settings, 
 
 BACKOFF_LIMIT = 3
 DEADLINE_SECONDS = 15 * 60
-"""After which a deleted ModelDeployment goes even if its checkpoint stays."""
+"""How long one Job tries."""
+GIVE_UP_SECONDS = 2 * DEADLINE_SECONDS
+"""After which a deleted ModelDeployment goes even if its checkpoint stays: a pod on a node that
+is lost, or a Job that is never admitted, must not hold it for ever."""
+_KEPT_SECONDS = 3600  # a Job that nobody waits for any more has no owner to go with
+_ORPHAN = "orphan"  # the garbage collector's finalizer: the children are to stay and to serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +82,33 @@ def plan_reclaim(
         is_settled: whether no pod needs anything but the current checkpoint.
     """
     wanted = spec.checkpoint.reclaim_policy == "Delete"
-    records = [job for job in observed.jobs if _path_of(job) and is_record(spec, job)]
-    if not (wanted and claim and is_settled and records):
-        return Reclaim(finalizer=wanted)
+    records = [job for job in observed.jobs if _path_of(job) and is_record(spec, claim, job)]
+    if not (claim and is_settled):
+        records = []
     used = observed.paths_in_use | {checkpoint_path(spec)}
     paths = sorted({_path_of(job) for job in records} - used)
-    done = tuple(deletion_of(job) for job in records if _path_of(job) in used)
-    if not paths:
-        return Reclaim(delete=done, finalizer=True)
     name = _name(owner, paths)
+    # Of an earlier round: it says nothing about a checkpoint that was made after it.
+    over = [j for j in observed.jobs if _is_reclaim(j) and has_ended(j) and name_of(j) != name]
+    needless = [job for job in records if _path_of(job) in used]
+    done = tuple(Deletion.of(job) for job in (*needless, *over))
+    kept = _on_other_claims(owner, claim, observed) if wanted else ()
+    if not paths or not claim:
+        return Reclaim(delete=done, finalizer=wanted, transitions=kept)
     job = next((job for job in observed.jobs if name_of(job) == name), None)
     if job is None:
+        refused = next((r.message for r in observed.rejections if r.name == name), "")
+        told = (_told(owner, name, paths, refused),) if refused else ()
         body = _job(owner, spec, claim, settings, paths)
-        return Reclaim((Desired(body, once=True),), done, finalizer=True)
-    if not (is_true(job, "Complete") or is_true(job, "Failed")):
-        return Reclaim(delete=done, finalizer=True)
+        return Reclaim((Desired(body, once=True),), done, finalizer=True, transitions=kept + told)
+    if not has_ended(job):
+        return Reclaim(delete=done, finalizer=True, transitions=kept)
     # The records go first: should the rest not be reached, it is tried again, which is harmless.
-    gone = tuple(deletion_of(record) for record in records if _path_of(record) in paths)
+    gone = tuple(Deletion.of(record) for record in records if _path_of(record) in paths)
     return Reclaim(
-        delete=(*done, *gone, deletion_of(job)),
+        delete=(*done, *gone, Deletion.of(job)),
         finalizer=True,
-        transitions=_outcome(owner, job, paths, observed),
+        transitions=(*kept, _outcome(owner, job, paths, observed)),
     )
 
 
@@ -106,32 +118,49 @@ def plan_last_reclaim(
     claim: str | None,
     observed: Observed,
     settings: Settings,
+    now: datetime,
 ) -> Reclaim:
     """Decide what is left to do for a ModelDeployment that is being deleted."""
-    if not has_finalizer(owner):
+    if not has_finalizer(owner) or _ORPHAN in mapping(owner, "metadata")["finalizers"]:
         return Reclaim()
-    writers = [j for j in observed.jobs if not _is_reclaim(j) and not is_true(j, "Complete")]
-    users = tuple(deletion_of(job) for job in writers if not is_deleting(job))
-    if observed.deployment is not None and not is_deleting(observed.deployment):
-        deployment = observed.deployment
-        namespace = text(deployment, "metadata", "namespace")
-        users += (Deletion("Deployment", name_of(deployment), namespace, uid_of(deployment)),)
-    if users or observed.deployment is not None or writers or _are_at_work(observed):
-        return Reclaim(delete=users, finalizer=True)
-    known = {checkpoint_path(spec), *map(_path_of, observed.jobs)} - {""}
-    paths = sorted(known - observed.paths_in_use)
+    known = {checkpoint_path(spec), *(_path_of(j) for j in observed.jobs if claim_of(j) == claim)}
+    paths = sorted(known - {""} - observed.paths_in_use)
     if not (paths and claim and observed.claim is not None) or is_deleting(observed.claim):
         return Reclaim()
+    since = parse_time(text(owner, "metadata", "deletionTimestamp"))
+    if since is not None and (now - since).total_seconds() > GIVE_UP_SECONDS:
+        why = f"it was in use, or could not be deleted, for {GIVE_UP_SECONDS} s"
+        return Reclaim(transitions=(_told(owner, "late", paths, why),))
+    writers = [j for j in observed.jobs if not _is_reclaim(j) and not is_true(j, "Complete")]
+    users = [*writers, *([] if observed.deployment is None else [observed.deployment])]
+    if users or _are_at_work(observed):
+        going = tuple(Deletion.of(user) for user in users if not is_deleting(user))
+        return Reclaim(delete=going, finalizer=True)
     name = _name(owner, paths)
     job = next((job for job in observed.jobs if name_of(job) == name), None)
     if job is None:
-        if observed.rejection("Job") is not None:
-            return Reclaim()
+        refused = observed.rejection("Job")
+        if refused is not None:
+            return Reclaim(transitions=(_told(owner, name, paths, refused.message),))
         body = _job(owner, spec, claim, settings, paths)
         return Reclaim((Desired(body, once=True),), finalizer=True)
-    if not (is_true(job, "Complete") or is_true(job, "Failed") or is_deleting(job)):
+    if not (has_ended(job) or is_deleting(job)):
         return Reclaim(finalizer=True)
-    return Reclaim(transitions=_outcome(owner, job, paths, observed))
+    gone = (Deletion.of(job),)
+    return Reclaim(delete=gone, transitions=(_outcome(owner, job, paths, observed),))
+
+
+def _on_other_claims(
+    owner: Object, claim: str | None, observed: Observed
+) -> tuple[Transition, ...]:
+    """Report the checkpoints that are left on claims which the spec no longer names."""
+    left = [
+        job
+        for job in observed.jobs
+        if _path_of(job) and is_true(job, "Complete") and claim not in (None, claim_of(job))
+    ]
+    why = "the spec no longer names its claim"
+    return tuple(_told(owner, uid_of(j), [_path_of(j)], f"{why} {claim_of(j)}") for j in left)
 
 
 def _are_at_work(observed: Observed) -> bool:
@@ -169,10 +198,18 @@ def _job(
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata(owner, _name(owner, paths), component=RECLAIM),
+        "metadata": metadata(
+            owner,
+            _name(owner, paths),
+            component=RECLAIM,
+            annotations={PATH_ANNOTATION: ",".join(paths)},
+            # Deleted in the foreground, the owner would take the Job along before it has run.
+            owned=False,
+        ),
         "spec": {
             "backoffLimit": BACKOFF_LIMIT,
             "activeDeadlineSeconds": DEADLINE_SECONDS,
+            "ttlSecondsAfterFinished": _KEPT_SECONDS,
             "template": {
                 "metadata": {"labels": labels(owner, RECLAIM)},
                 "spec": volume_pod(spec, claim, settings, RECLAIM, "delete", *_on_volume(paths)),
@@ -185,19 +222,22 @@ def _on_volume(paths: list[str]) -> list[str]:
     return [f"{WEIGHTS_PATH}/{path}" for path in paths]
 
 
-def _outcome(
-    owner: Object, job: Object, paths: list[str], observed: Observed
-) -> tuple[Transition, ...]:
+def _outcome(owner: Object, job: Object, paths: list[str], observed: Observed) -> Transition:
     """Report how it ended; the object it is about may be gone in a moment."""
-    done = is_true(job, "Complete")
+    if is_true(job, "Complete"):
+        return _told(owner, uid_of(job), paths)
     pods = [p for p in observed.pods if text(p, "metadata", "labels", "job-name") == name_of(job)]
-    failure = None if done else most_telling(pods, {})
-    where = ", ".join(paths)
+    failure = most_telling(pods, {})
     failed = next(
         (c for c in items(job, "status", "conditions") if text(c, "type") == "Failed"), {}
     )
     why = failure.message if failure else text(failed, "message") or "the Job was deleted"
-    message = f"{where}: deleted" if done else f"{where}: kept: Job {name_of(job)}: {why}"
-    reason = "CheckpointDeleted" if done else "CheckpointKept"
-    key = digest([uid_of(owner), uid_of(job), TRUE if done else ""], 16)
-    return (Transition(key, "CheckpointReclaimed", reason, message, not done),)
+    return _told(owner, uid_of(job), paths, f"Job {name_of(job)}: {why}")
+
+
+def _told(owner: Object, cause: str, paths: list[str], why_kept: str = "") -> Transition:
+    where = ", ".join(paths)
+    message = f"{where}: kept: {why_kept}" if why_kept else f"{where}: deleted"
+    reason = "CheckpointKept" if why_kept else "CheckpointDeleted"
+    key = digest([uid_of(owner), cause, reason], 16)
+    return Transition(key, "CheckpointReclaimed", reason, message, bool(why_kept))

@@ -147,7 +147,7 @@ def weights_resident(
         return of_failure(failure)
     if not checkpoint_is_ready:
         return waiting("WaitingForCheckpoint", "the checkpoint is not ready")
-    return _on_the_way(pods, observed, counts)
+    return pods_rejected(observed) or _on_the_way(pods, counts)
 
 
 def available(spec: ModelDeploymentSpec, observed: Observed, *, resident: bool) -> Draft:
@@ -208,10 +208,15 @@ def _stopped(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
     return None if rejection is None else of_rejection(rejection)
 
 
-def _on_the_way(pods: list[Object], observed: Observed, counts: str) -> Draft:
+def pods_rejected(observed: Observed) -> Draft | None:
+    """Return why the API server refuses pods of the Deployment, if it does."""
     failed_create = condition_of(observed.deployment, "ReplicaFailure")
-    if text(failed_create, "status") == "True" and not pods:
-        return problem("PodsRejected", text(failed_create, "message") or "pods were refused")
+    if text(failed_create, "status") != "True":
+        return None
+    return problem("PodsRejected", text(failed_create, "message") or "pods were refused")
+
+
+def _on_the_way(pods: list[Object], counts: str) -> Draft:
     if any(_is_loading(pod) for pod in pods):
         return waiting("Loading", counts)
     return waiting("PodsStarting", counts)

@@ -165,7 +165,7 @@ def volume_pod(
 
 
 def _command(spec: ModelDeploymentSpec) -> list[str]:
-    return [
+    words = [
         "shard",
         *_source(spec),
         "--output",
@@ -184,6 +184,8 @@ def _command(spec: ModelDeploymentSpec) -> list[str]:
         "--engine-cache-store",
         f"{WEIGHTS_PATH}/{engine_cache_path(spec)}",
     ]
+    # The kubelet would read $(NAME) as a variable.
+    return [word.replace("$", "$$") for word in words]
 
 
 def _quantization(spec: ModelDeploymentSpec) -> list[str]:

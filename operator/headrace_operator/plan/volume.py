@@ -92,8 +92,7 @@ def _plan_static(
     volume, wanted = observed.volume, _persistent_volume(owner, static)
     if volume is not None and _is_left_over(owner, volume, wanted):
         draft = waiting("ClaimCreating", f"volume {name_of(volume)} is left over and is replaced")
-        stale = Deletion("PersistentVolume", name_of(volume), None, uid_of(volume))
-        return Volume(draft, delete=(stale,))
+        return Volume(draft, delete=(Deletion.of(volume),))
     draft = _of_claim(name, observed) or _creating(name)
     bound = text(observed.claim, "spec", "volumeName")
     if bound not in ("", volume_name(owner)):
@@ -427,13 +426,11 @@ def _claim(owner: Object, static: StaticVolume) -> dict[str, Any]:
 
 def _provisioned_claim(owner: Object, dynamic: DynamicVolume) -> dict[str, Any]:
     """Return the claim to provision for; a retained one has no owner and outlives it."""
-    meta = metadata(owner, child_name(name_of(owner), "weights"))
-    if dynamic.reclaim_policy == "Retain":
-        del meta["ownerReferences"]
+    is_owned = dynamic.reclaim_policy == "Delete"
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
-        "metadata": meta,
+        "metadata": metadata(owner, child_name(name_of(owner), "weights"), owned=is_owned),
         "spec": {
             "accessModes": ["ReadWriteMany"],
             "storageClassName": dynamic.storage_class_name,

@@ -98,6 +98,7 @@ def plan_workload(
     planned = replace(planned, progress=progress_of(owner, spec, observed, now))
     if observed.deployment is None and not planned.apply:
         return planned
+    planned = replace(planned, apply=(*planned.apply, Desired(service(owner, spec))))
     if spec.replicas > 1:
         budget = Desired(disruption_budget(owner, spec))
         return replace(planned, apply=(*planned.apply, budget))
@@ -174,7 +175,7 @@ def _rendered(
     else:
         whole = template(Role.WHOLE)
         body = deployment(owner, spec, pin, whole, live, canary=canary is not None)
-    desired = [Desired(body), Desired(service(owner, spec))]
+    desired = [Desired(body)]
     if claims is not None:
         desired.insert(0, Desired(claims, once=True))
     return Workload(apply=tuple(desired), canary=canary)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace_operator.plan.objects import Object
+from headrace_operator.plan.objects import Object, name_of, text, uid_of
 
 NAME_CONFLICT = "NameConflict"
 """Reason of a rejection: an object that someone else controls has the child's name."""
@@ -45,7 +45,8 @@ class Observed:
     """The children of one ModelDeployment and what else its plan depends on.
 
     `claim` and `source_claim` are the claims by name, whoever owns them; the other objects
-    are controlled by the ModelDeployment. `volume` is the static volume, or the one that the
+    are controlled by the ModelDeployment, but for Jobs that delete checkpoints. `volume` is the
+    static volume, or the one that the
     claim is bound to. `warnings` holds the latest warning event by the UID of a stuck pod, Job
     or claim, `loaded_paths` what the loaders tell, by the UID of their pod, `paths_in_use` the
     checkpoints of all other ModelDeployments, on whatever volume. `deployment` is the
@@ -114,6 +115,12 @@ class Deletion:
     name: str
     namespace: str | None
     uid: str
+
+    @classmethod
+    def of(cls, body: Object) -> "Deletion":
+        """Return the deletion of an object."""
+        namespace = text(body, "metadata", "namespace") or None
+        return cls(text(body, "kind"), name_of(body), namespace, uid_of(body))
 
 
 @dataclass(frozen=True, slots=True)
