@@ -110,6 +110,11 @@ def _delete(options: argparse.Namespace) -> None:
     report_termination("Deleted", message)
 
 
+class _Stop(BaseException):
+    """A signal arrived, with its number. No Exception: it may be raised anywhere, and what goes
+    on after failures, such as threading when a thread does not start, must not go on after it."""
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGINT end the work through the same clean-up as any failure."""
@@ -119,12 +124,15 @@ def _interruptible() -> Iterator[None]:
         # where it is set between a signal's arrival and its handling.
         for other in previous:
             signal.signal(other, lambda *_: None)
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; run it again")
+        raise _Stop(number)
 
     previous = {number: signal.signal(number, interrupt) for number in signals.STOPPING}
     try:
         signals.release()
         yield
+    except _Stop as stop:
+        name = signal.Signals(stop.args[0]).name
+        raise Interrupted(f"stopped by {name}; run it again") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
