@@ -99,3 +99,29 @@ def test_a_method_that_writes_to_weights_fails_and_says_so(
     assert (
         "a quantization or kernel that changes weights in place cannot be used" in engine.output()
     )
+
+
+def test_fp8_weights_stay_where_they_are(
+    make_model: Callable[..., Path],
+    make_checkpoint: Callable[..., Path],
+    start_loader: Callable[..., Any],
+    start_engine: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """What the engine reads from the same files by itself serves the same tokens."""
+    model = make_model(layers=LAYERS, hidden_size=1024, intermediate_size=2816, heads=16)
+    checkpoint = make_checkpoint(model, quantization="fp8")
+    plain = start_engine("serve.py", checkpoint, "sharded_state", UTILIZATION)
+    plain.ready()
+    tokens = plain.ask()
+    assert len(set(tokens)) > 4
+    plain.kill()
+    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
+    loader.until_phase("Ready")
+    engine = start_engine(
+        "serve.py", checkpoint, "headrace", UTILIZATION, **plugin(loader, tmp_path)
+    )
+    engine.ready()
+    assert engine.ask() == tokens
+    ((kept, total),) = re.findall(r"headrace: zero-copy: bytes=(\d+) of (\d+)", engine.output())
+    assert int(kept) > 0.95 * int(total)
