@@ -218,8 +218,7 @@ def test_not_ready_while_loading(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
     support.make_checkpoint(tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors").unlink()
-    os.mkfifo(tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors")  # opening it blocks
+    held = support.hold(tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors")
     loader = start_loader(tmp_path / "checkpoint")
     loader.until_phase("Loading")
     ready = loader.get("/readyz")
@@ -229,6 +228,7 @@ def test_not_ready_while_loading(
     begin = time.monotonic()
     assert loader.terminate() == 0
     assert time.monotonic() - begin < 5
+    os.close(held)
 
 
 def test_sigterm_ends_quickly_and_cleanly(

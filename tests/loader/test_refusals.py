@@ -42,6 +42,31 @@ def test_a_part_that_is_missing(
     assert "model-rank-0-part-0.safetensors" in message
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "directory"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("manifest.json", "ManifestInvalid"),
+        ("model-rank-0-part-0.safetensors", "DigestMismatch"),
+    ],
+)
+def test_what_is_no_file(
+    support: Any,
+    start_loader: Callable[..., Any],
+    tmp_path: Path,
+    name: str,
+    reason: str,
+    make: Callable[[Path], None],
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / name
+    path.unlink()
+    make(path)
+    found, message = failed(start_loader(tmp_path / "checkpoint"), 65)
+    assert found == reason
+    assert f"{path}: must be a regular file; shard the model again" in message
+
+
 def test_a_manifest_that_breaks_a_rule(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -143,18 +168,17 @@ def test_a_waiting_engine_is_told_why(
 ) -> None:
     manifest = support.make_checkpoint(tmp_path / "checkpoint")
     path = tmp_path / "checkpoint" / manifest.parts[0].file
-    path.unlink()
-    os.mkfifo(path)  # reading blocks until the test writes
+    os.truncate(path, 10)
+    held = [support.hold(path)]
     loader = start_loader(tmp_path / "checkpoint")
 
     def unblock(_: Any) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        os.write(descriptor, b"no weights")
-        os.close(descriptor)
+        while held:
+            os.close(held.pop())
 
-    with pytest.raises(Refused, match=r"(StorageError|DigestMismatch)"):
+    with pytest.raises(Refused, match="DigestMismatch"):
         attach(loader.socket, rank=0, device="host", timeout=60, on_progress=unblock)
-    assert failed(loader, loader.wait())[0] in ("StorageError", "DigestMismatch")
+    assert failed(loader, 65)[0] == "DigestMismatch"
 
 
 def test_a_port_that_is_taken(
