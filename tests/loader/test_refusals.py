@@ -84,11 +84,25 @@ def test_another_number_of_ranks(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
     support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
-    loader = start_loader(tmp_path / "checkpoint", "--tensor-parallel-size", "4")
-    reason, message = failed(loader, 65)
+    for given, size in (((), 1), (("--tensor-parallel-size", "4"), 4)):
+        reason, message = failed(start_loader(tmp_path / "checkpoint", *given), 65)
+        assert reason == "ParallelismMismatch"
+        assert message == (
+            f"--tensor-parallel-size {size}: {tmp_path}/checkpoint has 2 ranks: the two must be "
+            "equal; start loader and engine with --tensor-parallel-size 2, or shard the model "
+            f"again for {size}"
+        )
+
+
+def test_pipeline_stages(support: Any, start_loader: Callable[..., Any], tmp_path: Path) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
+    path = tmp_path / "checkpoint/manifest.json"
+    document = json.loads(path.read_bytes())
+    document["parallelism"] |= {"tensor": 1, "pipeline": 2}
+    path.write_text(json.dumps(document))
+    reason, message = failed(start_loader(tmp_path / "checkpoint"), 65)
     assert reason == "ParallelismMismatch"
-    assert "--tensor-parallel-size 4" in message
-    assert "tensor parallel size 2" in message
+    assert "pipeline parallel size 2: loaders serve 1 alone; shard the model again" in message
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "multilinear64"])
