@@ -25,7 +25,14 @@ from headrace_checkpoint.layouts import LAYOUTS
 from headrace_checkpoint.manifest import FORMAT_VERSION
 from headrace_checkpoint.plan import DEFAULT_PART_BYTES
 from headrace_checkpoint.publish import delete
-from headrace_checkpoint.report import ArgumentParser, add_form, log, report_termination, talk_to
+from headrace_checkpoint.report import (
+    ArgumentParser,
+    add_form,
+    is_output_lost,
+    log,
+    report_termination,
+    talk_to,
+)
 from headrace_checkpoint.sharder import ShardRequest, shard
 from headrace_checkpoint.storage import make_directories
 from headrace_checkpoint.verifier import compare_source, verify
@@ -35,7 +42,7 @@ _MAX_TENSOR_PARALLEL = 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (0, 64, 65, 70 or 75)."""
+    """Run the command; returns the exit code (0, 64, 65, 70, 74 or 75)."""
     return run(parser()[0].parse_args(arguments))
 
 
@@ -54,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     except Exception as error:  # noqa: BLE001 - the last resort still has to report
         log("defect", "error", trace=traceback.format_exc())
         return _failed("InternalError", f"{type(error).__name__}: {error}", os.EX_SOFTWARE)
-    return 0
+    return os.EX_IOERR if is_output_lost() else 0
 
 
 def _shard(options: argparse.Namespace) -> None:

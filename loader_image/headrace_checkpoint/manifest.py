@@ -15,6 +15,7 @@ from pathlib import Path
 
 from headrace_checkpoint.dtypes import ITEM_BYTES, tensor_bytes
 from headrace_checkpoint.errors import ManifestInvalid, StorageError
+from headrace_checkpoint.files import NotRegularFile, read_regular
 
 FORMAT = "headrace-checkpoint"
 FORMAT_VERSION = 1
@@ -259,10 +260,11 @@ def read_manifest_and_content(directory: Path | str) -> tuple[Manifest, bytes]:
     """Do what `read_manifest` does; return the bytes it was read from as well."""
     path = Path(directory) / FILE_NAME
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_MANIFEST_BYTES + 1)
+        content = read_regular(path, _MAX_MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file; the directory is no checkpoint") from None
+    except NotRegularFile as error:
+        raise ManifestInvalid(f"{path}: {error.strerror}") from None
     except OSError as error:
         raise StorageError(f"{path}: reading failed: {error.strerror}") from error
     if len(content) > _MAX_MANIFEST_BYTES:

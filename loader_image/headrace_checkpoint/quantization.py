@@ -15,6 +15,15 @@ from headrace_checkpoint.errors import ArchitectureUnsupported, ConfigInvalid
 FIELD = "quantization_config"
 _FIELDS = (FIELD, "compression_config")
 
+# What an untrusted pattern may be, so that each match ends soon: 10 ms for the worst of them.
+_MAX_PATTERNS = 32
+_MAX_PATTERN = 256
+_MAX_CHOICES = 5
+_CHOICE = re.compile(r"[*+?{(]")
+_LITERAL = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]", re.DOTALL)
+_START = re.compile(r"\(\?[:=!]")
+_REPEATED = re.compile(r"\(\?|\)[*+?{]")
+
 _T = TypeVar("_T", str, int)
 
 Use = Literal["", "scale", "fp8", "fp8-scale"]
@@ -165,8 +174,7 @@ def _compressed_tensors(values: "_Values") -> Format:
     if values.get("sparsity_config"):
         values.refuse("sparsity_config", "sparse weights are not supported")
     group = values.only_group()
-    patterns = values.names("ignore")
-    skips = _skips(lambda name: any(_matches(pattern, name) for pattern in patterns))
+    skips = _skips(_matcher(values.names("ignore")))
     weights = group.child("weights")
     group.absent("output_activations")
     weights.choice("dynamic", False)
@@ -303,13 +311,32 @@ def _exactly(name: str, ignored: Names) -> bool:
     return name in ignored
 
 
-def _matches(pattern: str, name: str) -> bool:
-    if not pattern.startswith("re:"):
-        return pattern == name
+def _matcher(ignored: Names) -> Callable[[str], bool]:
+    """Return what tells whether a layer's name is in a list of names and of patterns, re:..."""
+    patterns = [_compiled(item) for item in ignored if item.startswith("re:")]
+    if len(patterns) > _MAX_PATTERNS:
+        rule = f"at most {_MAX_PATTERNS} patterns are supported; join some"
+        raise _unsupported(f"{FIELD}.ignore", f"{len(patterns)} patterns", rule)
+    plain = frozenset(ignored)
+    return lambda name: name in plain or any(pattern.match(name) for pattern in patterns)
+
+
+def _compiled(item: str) -> re.Pattern[str]:
+    pattern = item.removeprefix("re:")
+    bare = _START.sub("(", _LITERAL.sub("x", pattern[:_MAX_PATTERN]))
+    many = len(pattern) > _MAX_PATTERN or len(_CHOICE.findall(bare)) > _MAX_CHOICES
+    if many or _REPEATED.search(bare):
+        raise _unsupported(
+            f"{FIELD}.ignore",
+            item,
+            f"could match for ever; at most {_MAX_PATTERN} characters and {_MAX_CHOICES} of "
+            "* + ? { ( are supported, no repeated group, and of what (? begins (?: (?= (?! alone; "
+            "write it simpler, or name the layers",
+        )
     try:
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise ConfigInvalid(f"config.json: {FIELD}.ignore: {pattern!r}: {error}") from None
+        return re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        raise ConfigInvalid(f"config.json: {FIELD}.ignore: {item!r}: {error}") from None
 
 
 class _Values:

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -61,8 +63,44 @@ def log(event: str, level: str = "info", /, **fields: object) -> None:
     try:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it is gone; weights are not to go with it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # weights are not to go with whoever read it, or with a full disk
+        _lose_output(error)
+
+
+_output_lost = False
+
+
+def is_output_lost() -> bool:
+    """Whether something could not be printed, though there was somebody to read it."""
+    return _output_lost
+
+
+def _lose_output(error: OSError) -> None:
+    """Print nothing from now on, and say so once."""
+    global _output_lost  # noqa: PLW0603 - there is one standard output
+    with open(os.devnull, "w") as nothing:  # noqa: PTH123 - no Path
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return
+    _output_lost = True
+    with suppress(OSError):
+        sys.stderr.write(
+            f"headrace: standard output cannot be written: {error.strerror}; free space, or "
+            "write elsewhere\n"
+        )
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Exit in one sentence where what is printed cannot be written."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        _lose_output(error)
+        raise SystemExit(os.EX_IOERR if _output_lost else 0) from None
 
 
 def report_termination(reason: str, message: str, **fields: object) -> None:

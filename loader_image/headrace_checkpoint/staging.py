@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from headrace_checkpoint.errors import InputError, ManifestInvalid, StorageError
+from headrace_checkpoint.files import read_regular
 from headrace_checkpoint.lease import try_lock
 from headrace_checkpoint.manifest import FILE_NAME, Manifest, Part, parts_from_json
 from headrace_checkpoint.report import log
@@ -83,7 +84,7 @@ class Staging:
         """What the journal says of a part, in order of the ranks; None where it is not done."""
         path = self._record(number)
         try:
-            content = path.read_bytes()
+            content = read_regular(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -318,7 +319,7 @@ def _sibling(path: Path, suffix: str) -> Path:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads((path / PLAN).read_bytes())
+        plan = json.loads(read_regular(path / PLAN))
     except (OSError, ValueError):
         return {}
     return plan if isinstance(plan, dict) else {}

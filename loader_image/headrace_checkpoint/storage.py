@@ -10,7 +10,6 @@ import fcntl
 import functools
 import mmap
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from headrace_checkpoint.errors import (
     StorageError,
     VolumeReadOnly,
 )
+from headrace_checkpoint.files import NotRegularFile, open_regular
 from headrace_checkpoint.report import log
 
 DIRECT_ALIGNMENT = mmap.PAGESIZE
@@ -50,6 +50,8 @@ def reading(path: Path) -> Iterator[None]:
     """Translate OSError of calls that read the source."""
     try:
         yield
+    except NotRegularFile as error:
+        raise SourceCorrupt(f"{path}: {error.strerror}; copy it again") from error
     except OSError as error:
         text = error.strerror or str(error)
         if error.errno in _ABSENT:
@@ -123,13 +125,9 @@ class SourceFile:
         self.path = path
         self._direct: int | None = None
         with reading(path):
-            # A FIFO in place of a file must not block the open.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = open_regular(path)
             self._opened = os.fstat(self._fd)
             foreign = path.is_symlink() and self._opened.st_dev != path.parent.stat().st_dev
-        if not stat.S_ISREG(self._opened.st_mode):
-            os.close(self._fd)
-            raise SourceCorrupt(f"{path}: must be a regular file")
         if foreign:
             os.close(self._fd)
             raise SourceCorrupt(f"{path}: link leaves the source's file system; copy the file")

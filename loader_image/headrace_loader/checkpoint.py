@@ -75,11 +75,17 @@ def load_manifest(directory: Path) -> Checkpoint:
 def check_ranks(checkpoint: Checkpoint, tensor_parallel_size: int) -> None:
     """Raise ParallelismMismatch or ManifestInvalid where the ranks cannot be served."""
     parallelism = checkpoint.manifest.parallelism
-    if parallelism.tensor != tensor_parallel_size or parallelism.ranks != tensor_parallel_size:
+    if parallelism.pipeline != 1:
         raise ParallelismMismatch(
-            f"--tensor-parallel-size {tensor_parallel_size}: {checkpoint.directory} is cut for "
-            f"tensor parallel size {parallelism.tensor}, pipeline parallel size "
-            f"{parallelism.pipeline}; shard the model again for this size"
+            f"--checkpoint {checkpoint.directory}: pipeline parallel size {parallelism.pipeline}: "
+            "loaders serve 1 alone; shard the model again without --pipeline-parallel-size"
+        )
+    if parallelism.tensor != tensor_parallel_size:
+        raise ParallelismMismatch(
+            f"--tensor-parallel-size {tensor_parallel_size}: {checkpoint.directory} has "
+            f"{parallelism.tensor} ranks: the two must be equal; start loader and engine with "
+            f"--tensor-parallel-size {parallelism.tensor}, or shard the model again for "
+            f"{tensor_parallel_size}"
         )
     for rank in range(parallelism.ranks):
         count = len(checkpoint.manifest.rank_parts(rank))

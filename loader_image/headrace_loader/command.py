@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 
 from headrace_checkpoint import signals
+from headrace_checkpoint.report import add_form, printing
 
 DEFAULT_URL = "http://127.0.0.1:9400"
 _OWN = ("shard", "verify", "delete", "load")
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for point in entry_points(group="headrace.cli", name="main"):
             command: Callable[[Sequence[str]], int] = point.load()
             return command(given)
-    with signals.kept():
+    with signals.kept(), printing():
         return _run(given)
 
 
@@ -31,7 +32,6 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         from headrace_checkpoint.cli import parser as checkpoint_parser
         from headrace_checkpoint.cli import run as run_checkpoint
-        from headrace_checkpoint.report import add_form
     except ModuleNotFoundError as error:
         sys.stderr.write(f"headrace: {error.name} is missing; install headrace-loader[loader]\n")
         return os.EX_UNAVAILABLE

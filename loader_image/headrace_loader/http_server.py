@@ -7,6 +7,7 @@ import socket
 import socketserver
 import sys
 import threading
+from collections import deque
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,6 +21,7 @@ MAX_REQUESTS = 16
 """Requests served at a time; a probe and a scraper need two."""
 
 _POLL_SECONDS = 0.1
+_YIELD_SECONDS = 1.0
 _PATHS = "GET /healthz, /readyz, /v1/status, /v1/trace or /metrics"
 _LOG = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class StatusServer(ThreadingHTTPServer):
         self.state = state
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._slots = threading.BoundedSemaphore(MAX_REQUESTS)
+        self._served: deque[_Request] = deque()
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
@@ -61,26 +64,35 @@ class StatusServer(ThreadingHTTPServer):
         self.server_close()
 
     def process_request(self, request: _Request, client_address: object) -> None:
-        """Serve in a thread, or hang up where too many are being served."""
+        """Serve in a thread; where too many are being served, hang up on the oldest for it."""
         if not self._slots.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+            with contextlib.suppress(IndexError):  # all have ended
+                _hang_up(self._served.popleft())
+            if not self._slots.acquire(timeout=_YIELD_SECONDS):
+                self.shutdown_request(request)
+                return
+        self._served.append(request)
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread could be started
-            self._slots.release()
+            self._forget(request)
             self.shutdown_request(request)
 
     def process_request_thread(self, request: _Request, client_address: object) -> None:
         """Serve one request and free its slot, also where the client dribbles."""
         watchdog = threading.Timer(REQUEST_SECONDS, _hang_up, [request])
         watchdog.daemon = True
-        watchdog.start()
         try:
+            watchdog.start()
             super().process_request_thread(request, client_address)
         finally:
             watchdog.cancel()
-            self._slots.release()
+            self._forget(request)
+
+    def _forget(self, request: _Request) -> None:
+        with contextlib.suppress(ValueError):  # hung up on
+            self._served.remove(request)
+        self._slots.release()
 
     def handle_error(self, request: _Request, client_address: object) -> None:  # noqa: ARG002
         """Log defects; peers that go away in the middle are no news."""

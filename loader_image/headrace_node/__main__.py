@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from headrace_checkpoint.report import ArgumentParser, log
+from headrace_checkpoint.report import ArgumentParser, log, printing
 from headrace_node.errors import NodeError
 from headrace_node.facts import gather
 from headrace_node.host import Host
@@ -26,7 +26,11 @@ _WORK: dict[str, Callable[..., list[Report]]] = {"check": check, "apply": apply,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0, 1, 64, 69, 70, 75, 77 or 78)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with printing():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(given: Sequence[str]) -> int:
     # As a command of `headrace` the first argument is its name.
     options = _parser().parse_args(given[1:] if given[:1] == ["node"] else given)
     stop = threading.Event()

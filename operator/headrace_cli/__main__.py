@@ -1,5 +1,6 @@
 """Runs a command and turns whatever happens into one sentence and an exit code."""
 
+import errno
 import os
 import sys
 import traceback
@@ -11,6 +12,7 @@ from headrace_cli.app import cli
 from headrace_cli.errors import EXIT_INTERRUPTED, CommandFailed
 
 _TRACE = "HEADRACE_TRACE"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +41,7 @@ def complete_kubectl() -> int:
 
 
 def _run(name: str, arguments: Sequence[str] | None) -> int:
+    output = sys.stdout
     try:
         result = cli.main(
             list(sys.argv[1:] if arguments is None else arguments),
@@ -59,17 +62,30 @@ def _run(name: str, arguments: Sequence[str] | None) -> int:
         return _failed(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+    except SystemExit as error:
+        # Where the reader, such as head, has seen enough, rich exits with 1, and so does click,
+        # which wraps the output before.
+        if sys.stdout is not output or isinstance(error.__context__, BrokenPipeError):
+            return 0
+        raise
     except Exception as error:  # noqa: BLE001 - a user can do nothing with a traceback
-        if os.environ.get(_TRACE):
-            traceback.print_exc()
-        kind = type(error).__name__
-        return _failed(
-            f"defect: {kind}: {error}; set {_TRACE}=1 for the trace and report it", os.EX_SOFTWARE
-        )
+        return _unexpected(error)
     return result if isinstance(result, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _UNWRITABLE:
+        # What is still in the buffer must not fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        text = f"output cannot be written: {os.strerror(code)}; free space, or write elsewhere"
+        return _failed(text, os.EX_IOERR)
+    if os.environ.get(_TRACE):
+        traceback.print_exc()
+    kind = type(error).__name__
+    return _failed(
+        f"defect: {kind}: {error}; set {_TRACE}=1 for the trace and report it", os.EX_SOFTWARE
+    )
 
 
 def _failed(message: str, code: int) -> int:

@@ -385,6 +385,54 @@ def test_a_model_is_scaled_by_keda_which_owns_the_replicas(render):
     assert without["ModelDeployment", "headrace"]["spec"]["replicas"] == 3
 
 
+def policies(render, *options):
+    objects = render(*TINY, *sets("networkPolicy.enabled=true", *options), chart=MODEL)
+    return {name: found["spec"] for (kind, name), found in objects.items() if "Policy" in kind}
+
+
+DNS = {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
+
+
+def test_a_models_policy_limits_the_ways_out_only_if_it_is_asked_to(render):
+    (policy,) = policies(render).values()
+    assert policy["policyTypes"] == ["Ingress"]
+    assert "egress" not in policy
+    assert len(policy["ingress"]) == 2
+
+
+@pytest.mark.parametrize(("scheme", "asked"), [("pvc", 0), ("s3", 2), ("hf", 2)])
+def test_pods_of_a_model_reach_dns_and_the_source(render, scheme, asked):
+    source = f"spec.model.source={scheme}://a/b"
+    found = policies(render, "networkPolicy.egress.enabled=true", source)
+    serving, sharding = found["headrace"], found["headrace-shard"]
+    assert (serving["policyTypes"], serving["egress"]) == (["Ingress", "Egress"], [DNS])
+    assert sharding["podSelector"]["matchLabels"] == {
+        "headrace.dev/model-deployment": "headrace",
+        "app.kubernetes.io/component": "shard",
+    }
+    assert sharding["policyTypes"] == ["Ingress", "Egress"]
+    assert sharding["egress"][0] == DNS
+    assert sharding["egress"][1:2] == [{"ports": [{"port": 443}]}][:asked]
+    assert len(sharding["egress"]) == 1 + asked
+
+
+def test_pods_of_a_group_of_nodes_reach_each_other(render):
+    options = ("networkPolicy.egress.enabled=true", "spec.parallelism.nodes=2")
+    policy = policies(render, *options)["headrace"]
+    group = [{"podSelector": policy["podSelector"]}]
+    assert (policy["ingress"][-1], policy["egress"]) == ({"from": group}, [DNS, {"to": group}])
+
+
+def test_notes_of_a_model_tell_who_sets_the_replicas(helm):
+    def notes(*options):
+        result = helm("install", "tiny", MODEL, *TINY, "--dry-run=client", *options)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.partition("NOTES:")[2]
+
+    assert "KEDA sets the replicas, 1 to 2:" in notes()
+    assert "KEDA" not in notes("--set", "keda.enabled=false")
+
+
 def test_the_test_of_a_model_is_pulled_with_the_models_secrets(render):
     pods = render(*TINY, "--set", "spec.pod.imagePullSecrets[0].name=mine", chart=MODEL)
     assert pods["Pod", "headrace-test"]["spec"]["imagePullSecrets"] == [{"name": "mine"}]

@@ -258,10 +258,50 @@ def test_values_that_mean_nothing_are_named(quantization, message):
         parse_format({"quantization_config": quantization})
 
 
-def test_a_pattern_that_is_none_is_named():
-    quantization = changed("ct-fp8-tensor", ignore=["re:("])
-    with pytest.raises(ConfigInvalid, match=r"quantization_config\.ignore: 're:\('"):
-        make_plan((FUSED,), quantization, {})
+@pytest.mark.parametrize("pattern", ["re:(", "re:[", "re:a{99999999999}"])
+def test_a_pattern_that_is_none_is_named(pattern):
+    quantization = changed("ct-fp8-tensor", ignore=[pattern])
+    with pytest.raises(ConfigInvalid, match=r"quantization_config\.ignore: 're:.*': "):
+        parse_format({"quantization_config": quantization})
+
+
+@pytest.mark.parametrize(
+    "ignore",
+    [
+        ["re:(a+)+$"],
+        ["re:(?:[)]|a|aa)*$"],
+        ["re:(?x)(a+) +$"],  # with blanks that mean nothing
+        ["re:(a|a)" + "(a|a)" * 40],
+        ["re:" + ".*" * 20 + "x"],
+        ["re:" + "a?" * 100 + "a" * 100],
+        ["re:" + "(" * 50_000],
+        [f"re:{number}" for number in range(33)],
+    ],
+)
+@pytest.mark.timeout(20)
+def test_patterns_that_could_take_for_ever_are_refused(ignore):
+    quantization = changed("ct-fp8-tensor", ignore=ignore)
+    name = "a" * 60 + ".b"
+    piece = Piece(f"{name}.weight", ("hidden", "heads*dim"), Split(1, "heads"))
+    layer = Tensor(f"{name}.weight", (piece,), linear=True)
+    with pytest.raises(ArchitectureUnsupported, match=r"quantization_config\.ignore: .*; \w+"):
+        make_plan((layer,), quantization, {})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ignored"),
+    [
+        (r"re:.*mlp\.gate$", "mlp.gate"),
+        (r"re:^(?!.*(?:experts|proj)).*", "mlp.gate"),
+        (r"re:.*layers\.[0-9]+\.mlp\.(gate|shared_expert_gate)\b", "mlp.gate"),
+        (r"re:model[.]layers[.](?:\d|1\d)[.]self_attn[.]([qkv]|qkv)_proj", "self_attn.q_proj"),
+    ],
+)
+def test_patterns_that_models_have_are_taken(pattern, ignored):
+    found = parse_format({"quantization_config": changed("ct-fp8-tensor", ignore=[pattern])})
+    layers = ["mlp.gate", "self_attn.q_proj", "mlp.experts.1.up_proj"]
+    names = [f"model.layers.0.{layer}" for layer in layers]
+    assert [n for n in names if found.skips(n, (n,), ())] == [f"model.layers.0.{ignored}"]
 
 
 SIZE = {"layers": 1, "hidden_size": 256, "intermediate_size": 256, "heads": 2, "kv_heads": 2}

@@ -164,6 +164,7 @@ class MockedHub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.directory = directory
         self.status = 200
+        self.refusals = []
         self.honours_ranges = True
         self.redirects = False
         self.breaks_off = 0
@@ -174,7 +175,10 @@ class MockedHub(http.server.ThreadingHTTPServer):
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub = self.server
-        if hub.status != 200:
+        if hub.refusals:
+            status, headers = hub.refusals.pop()
+            self.answer(status, b"no JSON", headers)
+        elif hub.status != 200:
             self.send_error(hub.status)
         elif self.path.startswith(f"/api/models/{REPOSITORY}/revision/v1"):
             self.answer(200, json.dumps(self.description()).encode())
@@ -216,8 +220,10 @@ class Answers(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(200, content)
 
-    def answer(self, code, content):
+    def answer(self, code, content, headers=()):
         self.send_response(code)
+        for header in headers:
+            self.send_header(*header)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -294,6 +300,42 @@ def test_answers_of_a_mocked_hub_that_break_off_are_asked_for_again(mocked_hub, 
     mocked_hub.breaks_off = 100
     with pytest.raises(StorageError, match=r"config.json: 5 answers broke off"):
         file.read_at(1, 50)
+
+
+AT_ONCE = [("Retry-After", "0")]
+
+
+def test_a_mocked_hub_that_is_busy_is_asked_again_when_it_says(mocked_hub, model):
+    file = find_place(f"hf://{REPOSITORY}", "v1").open("config.json")
+    limited = [("RateLimit", '"resolvers";r=0;t=0'), ("Retry-After", "999")]
+    mocked_hub.refusals = [(503, AT_ONCE), (429, limited), (500, AT_ONCE), (429, AT_ONCE)]
+    assert file.read_at(0, 50) == (model / "config.json").read_bytes()[:50]
+    mocked_hub.refusals = [(503, AT_ONCE)] * 9
+    with pytest.raises(StorageError, match=r"config.json: .*503"):
+        file.read_at(0, 50)
+    assert len(mocked_hub.refusals) == 4
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        (("Retry-After", "86400"), "86400"),
+        (("Retry-After", "9" * 5000), "inf"),
+        (("RateLimit", '"resolvers";r=0;t=301'), "301"),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_a_mocked_hub_is_not_waited_for_for_ever(mocked_hub, header, told):
+    file = find_place(f"hf://{REPOSITORY}", "v1").open("config.json")
+    mocked_hub.refusals = [(429, [header])]
+    with pytest.raises(StorageError, match=rf"asks to wait for {told} s, at most 300 .*HF_TOKEN"):
+        file.read_at(0, 50)
+
+
+def test_nonsense_of_a_mocked_hub_is_told(mocked_hub):
+    mocked_hub.refusals = [(200, ())]
+    with pytest.raises(StorageError, match=r"tiny@v1: Expecting value"):
+        find_place(f"hf://{REPOSITORY}", "v1")
 
 
 def test_another_scheme_is_refused():

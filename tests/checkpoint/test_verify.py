@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -123,6 +124,25 @@ def test_missing_and_short_files_are_named(headrace, checkpoint, damage):
     code, event = verify(headrace, checkpoint)
     assert (code, event["reason"]) == (65, "DigestMismatch")
     assert "model-rank-1-part-0.safetensors" in event["message"]
+
+
+def listen(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, listen])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "config.json", "model-rank-1-part-0.safetensors"]
+)
+def test_what_is_no_file_is_named(headrace, checkpoint, name, make, monkeypatch):
+    monkeypatch.chdir(checkpoint)  # names of sockets are short
+    (checkpoint / name).unlink()
+    make(name)
+    code, event = verify(headrace, checkpoint)
+    reason = "ManifestInvalid" if name == "manifest.json" else "DigestMismatch"
+    assert (code, event["reason"]) == (65, reason)
+    assert f"{checkpoint / name}: must be a regular file" in event["message"]
 
 
 def test_manifest_and_header_must_agree(headrace, checkpoint):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
@@ -186,3 +187,39 @@ def test_the_loaders_script_without_its_own_dependencies(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "headrace_checkpoint.cli", None)
     assert command.main(["shard"]) == os.EX_UNAVAILABLE
     assert "install headrace-loader[loader]" in capsys.readouterr().err
+
+
+OUTPUT = (
+    ("plan", "--published"),
+    ("plan", "--published", "-o", "json"),
+    ("plan", "--help"),
+    ("completion", "bash"),
+    ("verify", "/absent"),
+    ("delete", "/tmp/absent"),
+    ("shard", "--help"),
+    ("node", "check", "-o", "json"),
+)
+
+
+@pytest.mark.parametrize("command", OUTPUT, ids=" ".join)
+def test_output_that_cannot_be_written_is_one_sentence(command):
+    program = [sys.executable, "-m", "headrace_loader.command", *command]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, env=environment)
+    said = ran.stderr.decode().splitlines()
+    assert "output cannot be written: No space left on device; free space" in said[-1]
+    assert len(said) == 1 + ("headrace-node: " in said[0])  # which may have more to say
+    assert ran.returncode == (os.EX_DATAERR if command[0] == "verify" else os.EX_IOERR)
+
+
+@pytest.mark.parametrize("command", OUTPUT, ids=" ".join)
+def test_a_reader_that_is_gone_is_nothing_to_talk_of(command):
+    program = [sys.executable, "-m", "headrace_loader.command", *command]
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    ran = subprocess.run(program, stdout=writing, stderr=subprocess.PIPE, env=environment)
+    os.close(writing)
+    assert [line for line in ran.stderr.splitlines() if b"headrace-node: " not in line] == []
+    assert ran.returncode == (os.EX_DATAERR if command[0] == "verify" else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -84,6 +85,14 @@ def _write_part(
 def part_data(directory: Path, part: Part) -> bytes:
     """The data section of a part, as it is on disk."""
     return (directory / part.file).read_bytes()[part.data_offset :]
+
+
+def hold(path: Path) -> int:
+    """Keep others from opening a file, until what is returned is closed or 45 s are over."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # by default, ignored
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    return descriptor
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,9 @@ class Engine:
         self.process.communicate(timeout=30)
 
 
+PART = "model-rank-0-part-0.safetensors"
+
+
 @pytest.fixture
 def start_engine() -> Any:
     started: list[Engine] = []
@@ -74,20 +77,7 @@ def checkpoint(support: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected(checkpoint: Path) -> int:
-    return sum((checkpoint / "model-rank-0-part-0.safetensors").read_bytes()[4096:])
-
-
-def blocked(checkpoint: Path) -> Path:
-    """Put a FIFO in the part's place: opening it blocks until somebody writes."""
-    part = checkpoint / "model-rank-0-part-0.safetensors"
-    part.rename(part.with_suffix(".aside"))
-    os.mkfifo(part)
-    return part
-
-
-def unblock(part: Path) -> None:
-    part.unlink()
-    part.with_suffix(".aside").rename(part)
+    return sum((checkpoint / PART).read_bytes()[4096:])
 
 
 def workers_of(loader: Any) -> list[int]:
@@ -147,9 +137,13 @@ def test_two_engines_share_one_copy(
 
 
 def test_a_loader_killed_while_loading_loads_again(
-    checkpoint: Path, expected: int, start_loader: Callable[..., Any], start_engine: Any
+    support: Any,
+    checkpoint: Path,
+    expected: int,
+    start_loader: Callable[..., Any],
+    start_engine: Any,
 ) -> None:
-    part = blocked(checkpoint)
+    held = support.hold(checkpoint / PART)
     loader = start_loader(checkpoint)
     loader.until_phase("Loading")
     engine = start_engine(loader)  # waits through the restart, as with gate Overlap
@@ -157,7 +151,7 @@ def test_a_loader_killed_while_loading_loads_again(
     (worker,) = workers_of(loader)
     loader.kill()
     until(lambda: not alive(worker))
-    unblock(part)
+    os.close(held)
     loader.start()
     loader.until_phase("Ready")
     engine.until_holding()
@@ -165,9 +159,9 @@ def test_a_loader_killed_while_loading_loads_again(
 
 
 def test_a_worker_killed_while_loading_ends_the_loader(
-    checkpoint: Path, start_loader: Callable[..., Any]
+    support: Any, checkpoint: Path, start_loader: Callable[..., Any]
 ) -> None:
-    blocked(checkpoint)
+    held = support.hold(checkpoint / PART)
     loader = start_loader(checkpoint)
     loader.until_phase("Loading")
     until(lambda: workers_of(loader))
@@ -176,6 +170,7 @@ def test_a_worker_killed_while_loading_ends_the_loader(
     termination = loader.termination()
     assert termination["reason"] == "InternalError"
     assert "signal 9" in termination["message"]
+    os.close(held)
 
 
 def test_a_loader_killed_while_an_engine_holds_loads_no_second_copy(

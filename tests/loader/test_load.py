@@ -4,8 +4,10 @@ import fcntl
 import mmap
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from headrace_handover import attach
 from headrace_handover.errors import HandoverError
 from headrace_loader.__main__ import main
+from headrace_loader.http_server import MAX_REQUESTS, REQUEST_SECONDS
 
 TWO_PARTS = (
     (("a", "F32", (5000,)), ("b", "BF16", (3000,))),
@@ -214,12 +217,29 @@ def test_probes(support: Any, start_loader: Callable[..., Any], tmp_path: Path) 
     assert loader.get("/nothing").code == 404
 
 
+def test_probes_get_through_however_many_connections_are_idle(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until_phase("Ready")
+    address = ("127.0.0.1", loader.port)
+    with ExitStack() as stack:
+        for _ in range(3):
+            for _ in range(MAX_REQUESTS + 1):
+                stack.enter_context(socket.create_connection(address)).send(b"GET /health")
+            for path in ("/healthz", "/metrics"):
+                assert loader.get(path).code == 200
+        first = stack.enter_context(socket.create_connection(address))
+        first.settimeout(2 * REQUEST_SECONDS)
+        assert first.recv(1) == b""  # idle for too long
+
+
 def test_not_ready_while_loading(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
     support.make_checkpoint(tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors").unlink()
-    os.mkfifo(tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors")  # opening it blocks
+    held = support.hold(tmp_path / "checkpoint" / "model-rank-0-part-0.safetensors")
     loader = start_loader(tmp_path / "checkpoint")
     loader.until_phase("Loading")
     ready = loader.get("/readyz")
@@ -229,6 +249,7 @@ def test_not_ready_while_loading(
     begin = time.monotonic()
     assert loader.terminate() == 0
     assert time.monotonic() - begin < 5
+    os.close(held)
 
 
 def test_sigterm_ends_quickly_and_cleanly(

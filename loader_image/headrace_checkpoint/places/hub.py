@@ -4,11 +4,12 @@ HF_TOKEN and HF_ENDPOINT count as they do for the Hub's own tools.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from http import HTTPStatus
 
-from httpx2 import HTTPError
+from httpx2 import HTTPError, Response
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -28,7 +29,11 @@ from headrace_checkpoint.places import RemoteFile
 
 _REQUEST_SECONDS = 60.0
 _RETRIES = 5
+_MAX_WAIT_SECONDS = 300
+"""The window of the Hub's own rate limits."""
+_AGAIN = (429, 500, 502, 503, 504)
 _FORBIDDEN = (401, 403)
+_RESET = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 _QUERY = re.compile(r"\?[^\s'\")]+")
 
 
@@ -76,34 +81,46 @@ class _File(RemoteFile):
 
     def fetch(self, offset: int, length: int) -> bytes:
         """Fetch a range."""
-        for _ in range(_RETRIES):
-            found = self._ask(offset, length)
-            if found is not None:
-                return found
+        for number in range(_RETRIES):
+            with _named(self._name), self._request(offset, length) as answer:
+                if answer.status_code in _AGAIN and number < _RETRIES - 1:
+                    answer.close()
+                    self._wait(answer.headers, 2.0**number)
+                    continue
+                hf_raise_for_status(answer)
+                if answer.status_code != HTTPStatus.PARTIAL_CONTENT and length < self.size:
+                    # Before it is read: it would be the whole file.
+                    raise StorageError(f"{self._name}: the server ignores ranges; use another one")
+                with suppress(HTTPError):
+                    return answer.read()
         raise StorageError(f"{self._name}: {_RETRIES} answers broke off; try again")
 
-    def _ask(self, offset: int, length: int) -> bytes | None:
-        """Fetch a range; None where the answer breaks off."""
+    def _request(self, offset: int, length: int) -> AbstractContextManager[Response]:
         # Of the file as it is: sizes and ranges are not those of a compressed one.
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
         headers["Range"] = f"bytes={offset}-{offset + length - 1}"
-        request = http_stream_backoff(
+        return http_stream_backoff(
             "GET",
             self._url,
             headers=headers,
             max_retries=_RETRIES,
+            retry_on_status_codes=(),  # it would wait for as long as the answer says
             timeout=_REQUEST_SECONDS,
             follow_redirects=True,
         )
-        with _named(self._name), request as answer:
-            hf_raise_for_status(answer)
-            if answer.status_code != HTTPStatus.PARTIAL_CONTENT and length < self.size:
-                # Before it is read: it would be the whole file.
-                raise StorageError(f"{self._name}: the server ignores ranges; use another one")
-            try:
-                return answer.read()
-            except HTTPError:
-                return None
+
+    def _wait(self, headers: Mapping[str, str], otherwise: float) -> None:
+        """Wait for as long as an answer asks, if that is not too long."""
+        reset = _RESET.search(headers.get("ratelimit", ""))
+        asked = reset[1] if reset else headers.get("retry-after", "")
+        seconds = float(asked) if asked.isdecimal() else otherwise
+        if seconds > _MAX_WAIT_SECONDS:
+            raise StorageError(
+                f"{self._name}: the Hub asks to wait for {seconds:.9g} s, at most "
+                f"{_MAX_WAIT_SECONDS} are waited for; give HF_TOKEN in spec.sharding.env, which "
+                "has limits of its own, or try again then"
+            )
+        time.sleep(seconds)
 
 
 @contextmanager
@@ -124,7 +141,7 @@ def _named(name: str) -> Iterator[None]:
                 f"{name}: access denied; give HF_TOKEN in spec.sharding.env"
             ) from None
         raise StorageError(f"{name}: {_first_line(error)}") from None
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # a ValueError: no JSON
         raise StorageError(f"{name}: {_first_line(error) or type(error).__name__}") from None
 
 

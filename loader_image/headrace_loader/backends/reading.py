@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from headrace_checkpoint.files import NotRegularFile, open_regular
 from headrace_loader.backends import PartSource, PathReport
 from headrace_loader.errors import CheckpointMissing, DigestMismatch, StorageError
 
@@ -19,7 +20,6 @@ ALIGNMENT = 4096
 
 _SAMPLES = 256
 
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -39,6 +39,10 @@ class PartFile:
         except FileNotFoundError:
             raise CheckpointMissing(
                 f"{source.path}: no such file; the manifest names it, shard the model again"
+            ) from None
+        except NotRegularFile as error:
+            raise DigestMismatch(
+                f"{source.path}: {error.strerror}; shard the model again"
             ) from None
         except OSError as error:
             self.close()
@@ -106,7 +110,7 @@ class PartFile:
         os.close(descriptor)
         self.buffered_reason = ""
         try:
-            descriptor = os.open(self.source.path, _FLAGS | os.O_DIRECT)
+            descriptor = open_regular(self.source.path, os.O_DIRECT)
         except OSError as error:
             if error.errno not in _REFUSALS:
                 raise
@@ -122,7 +126,7 @@ class PartFile:
 
     def _open_buffered(self, reason: str) -> int:
         self.buffered_reason = reason
-        return os.open(self.source.path, _FLAGS)
+        return open_regular(self.source.path)
 
     def _probe(self, descriptor: int) -> None:
         """Read one block: some file systems take the flag and refuse the read."""
