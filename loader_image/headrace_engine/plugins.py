@@ -61,9 +61,7 @@ def attached(
     return _attached[key]
 
 
-def _attach(
-    settings: Settings, rank: int, device: torch.device, logger: logging.Logger
-) -> Weights:
+def _attach(settings: Settings, rank: int, device: torch.device, logger: logging.Logger) -> Weights:
     began = time.monotonic()
     weights = attach(
         settings.socket,

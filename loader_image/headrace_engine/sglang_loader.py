@@ -56,6 +56,13 @@ _RENAMED = (
 )
 """Modules that vLLM has and SGLang has not."""
 
+_OTHER_LAYOUTS = (
+    "load_up_proj_weight_first",
+    "use_triton_kernels",
+    "use_flashinfer_trtllm_moe",
+)
+"""Attributes of methods that load experts the other way round or transposed, or permute them."""
+
 _VLLM_SCALE = re.compile(r"\.attn\._(q|k|v|prob)_scale$")
 
 
@@ -156,7 +163,9 @@ def _check_features(model_config: "ModelConfig") -> None:
             execution.moe.enable_eplb or execution.moe.init_expert_location != "trivial"
         ),
         "offloading weights": (
-            execution.offload.cpu_offload_gb > 0 or execution.offload.offload_group_size > 0
+            execution.offload.cpu_offload_gb > 0
+            or execution.offload.offload_group_size > 0
+            or execution.moe.enable_paged_experts
         ),
         "the memory saver": execution.features.enable_memory_saver,
     }
@@ -166,18 +175,15 @@ def _check_features(model_config: "ModelConfig") -> None:
 
 
 def _check_layouts(model: nn.Module) -> None:
-    """Refuse kernels for which SGLang loads experts in another order or transposed.
-
-    The shapes may be the checkpoint's all the same.
-    """
+    """Refuse kernels that have experts in a layout of their own, in shapes that may be equal."""
     for name, module in model.named_modules():
-        for method in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
-            for flag in ("load_up_proj_weight_first", "use_triton_kernels"):
-                if getattr(method, flag, False):
-                    raise Unsupported(
-                        f"--load-format headrace: {name}: {type(method).__name__} loads experts in "
-                        f"a layout of its own ({flag}); choose --moe-runner-backend triton"
-                    )
+        method = getattr(module, "quant_method", None)
+        found = [flag for flag in _OTHER_LAYOUTS if getattr(method, flag, False)]
+        if found:
+            raise Unsupported(
+                f"--load-format headrace: {name}: {type(method).__name__} has experts in a layout "
+                f"of its own ({', '.join(found)}); choose --moe-runner-backend triton"
+            )
 
 
 def _device(name: str) -> torch.device:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # A child of vLLM's own logger, the only one its configuration prints.
 _LOG = logging.getLogger("vllm.headrace")
 
+
 class HeadraceModelLoader(BaseModelLoader):
     """Attaches to the loader of this pod in place of reading a checkpoint."""
 

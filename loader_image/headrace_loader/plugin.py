@@ -1,8 +1,8 @@
 """Copies the engine side where a stock engine finds it: a directory on its PYTHONPATH.
 
-The copy is two packages and the metadata that announces the entry points of vLLM and SGLang. Every entry
-appears whole, by rename, and the announcement comes last, so an engine never imports half
-a plugin. A loader that starts again leaves an equal copy untouched.
+The copy is two packages and the metadata that announces the entry points for vLLM and SGLang.
+Every entry appears whole, by rename, and the announcement comes last, so an engine never imports
+half a plugin. A loader that starts again leaves an equal copy untouched.
 """
 
 import filecmp
