@@ -7,13 +7,15 @@ WORKSPACE := PYTHONPATH=tools $(PYTHON) -m workspace
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-.PHONY: demo test test-faults lint
+.PHONY: demo test test-faults test-sglang lint
 demo: ## one manifest in, one answer out, on a real cluster that is torn down afterwards
 	@$(WORKSPACE) demo $(ARGS)
 test: ## set everything up and run the whole suite; ARGS go to pytest
 	@$(WORKSPACE) test $(ARGS)
 test-faults: ## the fault suite with a kill at every single API call, before and after it acts
 	@$(WORKSPACE) test-faults $(ARGS)
+test-sglang: ## SGLang's whole engine over resident weights; make test compares its tensors
+	@$(WORKSPACE) test-sglang $(ARGS)
 lint: ## formatting, lint, types, dependency directions, generated files, chart
 	@$(WORKSPACE) lint
 

@@ -1,7 +1,8 @@
 """Engine side: maps resident weights into the serving process.
 
-vLLM finds `register` through the entry point group vllm.general_plugins. Other engines call
-`headrace_engine.attach`, which needs torch alone (docs/engines.md).
+vLLM finds `register` through the entry point group vllm.general_plugins, SGLang
+`register_sglang` through sglang.srt.plugins. Other engines call `headrace_engine.attach`, which
+needs torch alone (docs/engines.md).
 """
 
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headrace_engine.weights import Weights, attach
 
-__all__ = ["Weights", "attach", "register"]
+__all__ = ["Weights", "attach", "register", "register_sglang"]
 
 _registered = False
 
@@ -36,3 +37,10 @@ def register() -> None:
     register_model_loader("headrace")(HeadraceModelLoader)
     leave_room_for_external_weights("headrace")
     _registered = True
+
+
+def register_sglang() -> None:
+    """Make --load-format headrace known to SGLang, which calls this once in each process."""
+    from headrace_engine import sglang_hooks
+
+    sglang_hooks.install()

@@ -1,13 +1,8 @@
 """The load format "headrace" of vLLM: parameters are views of memory the loader holds."""
 
-import dataclasses
-import faulthandler
-import hashlib
 import logging
-import time
 from collections.abc import Collection
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,12 +14,16 @@ from vllm.model_executor.model_loader.utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from headrace_engine.assign import assign, refuse_meta_tensors
-from headrace_engine.copies import log_copies, private_bytes, replaced_by_processing
-from headrace_engine.errors import SettingsInvalid, Unsupported, WeightsMismatch
+from headrace_engine.errors import Unsupported
 from headrace_engine.meta import WeightsOnMeta
-from headrace_engine.weights import DEFAULT_TIMEOUT, Weights, attach
-from headrace_handover import Loading
+from headrace_engine.plugins import (
+    Settings,
+    attached,
+    check_checkpoint,
+    fill,
+    refuse_reloading,
+)
+from headrace_engine.weights import Weights
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -32,36 +31,6 @@ if TYPE_CHECKING:
 
 # A child of vLLM's own logger, the only one its configuration prints.
 _LOG = logging.getLogger("vllm.headrace")
-_PROGRESS_SECONDS = 5.0
-_MANIFEST = "manifest.json"
-
-_attached: dict[tuple[str, int, str], Weights] = {}
-"""Attachments of this process. Kept until it ends: its weights and lease live in them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """--model-loader-extra-config: path of the socket, seconds to wait for weights."""
-
-    socket: str | None = None
-    timeout: float = DEFAULT_TIMEOUT
-
-    @classmethod
-    def parse(cls, extra: dict[str, Any] | None) -> "Settings":
-        """Check the keys and types; raises SettingsInvalid."""
-        extra = extra or {}
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(extra.keys() - set(known))
-        if unknown:
-            raise SettingsInvalid(
-                f"--model-loader-extra-config: {', '.join(unknown)}: known are {', '.join(known)}"
-            )
-        socket, timeout = extra.get("socket"), extra.get("timeout", DEFAULT_TIMEOUT)
-        if socket is not None and not isinstance(socket, str):
-            raise SettingsInvalid("--model-loader-extra-config: socket: must be a path")
-        if not isinstance(timeout, int | float) or not timeout > 0:
-            raise SettingsInvalid("--model-loader-extra-config: timeout: must be seconds, above 0")
-        return cls(socket, float(timeout))
 
 
 class HeadraceModelLoader(BaseModelLoader):
@@ -76,10 +45,7 @@ class HeadraceModelLoader(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: "ModelConfig") -> None:  # noqa: ARG002
         """Refuse: the weights in memory are read-only and cannot be loaded into tensors."""
-        raise Unsupported(
-            "--load-format headrace: reloading weights into a model in place is not possible, "
-            "its weights are shared and read-only"
-        )
+        refuse_reloading()
 
     def get_external_weight_memory(self, vllm_config: "VllmConfig") -> int:
         """Bytes the loader holds on this worker's device; waits until they are resident."""
@@ -91,7 +57,7 @@ class HeadraceModelLoader(BaseModelLoader):
         """Build the model over the resident weights."""
         _check_features(vllm_config, model_config)
         weights = self._weights(vllm_config)
-        _check_checkpoint(model_config, weights)
+        check_checkpoint(model_config.model, weights, _LOG)
         _tie_again(model_config, weights.tensors)
         device = self._device(vllm_config)
         with set_default_torch_dtype(model_config.dtype):
@@ -99,21 +65,15 @@ class HeadraceModelLoader(BaseModelLoader):
                 model = initialize_model(
                     vllm_config=vllm_config, model_config=model_config, prefix=prefix
                 )
-            private = {copy.name for copy in weights.copies}
-            copies = [*weights.copies, *assign(model, weights.tensors, private)]
-            refuse_meta_tensors(model)
-            before = private_bytes(device)
-            _process(model, model_config, device)
-            refuse_meta_tensors(model)
-        grown = private_bytes(device) - before
-        copied = {copy.name for copy in copies}
-        views = {name: tensor for name, tensor in weights.tensors.items() if name not in copied}
-        copies += replaced_by_processing(model, views)
-        log_copies(_LOG, copies, weights.nbytes)
-        _LOG.info("headrace: post-processing added %d bytes of private memory", max(0, grown))
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-            _LOG.info("headrace: torch allocated at most %d bytes until now", peak)
+            fill(
+                model,
+                weights.tensors,
+                weights.copies,
+                lambda: process_weights_after_loading(model, model_config, device),
+                device=device,
+                engine="vLLM",
+                logger=_LOG,
+            )
         return model.eval()
 
     def _device(self, vllm_config: "VllmConfig") -> torch.device:
@@ -121,67 +81,7 @@ class HeadraceModelLoader(BaseModelLoader):
 
     def _weights(self, vllm_config: "VllmConfig") -> Weights:
         rank = get_tensor_model_parallel_rank()
-        device = self._device(vllm_config)
-        key = (self._settings.socket or "", rank, str(device))
-        if key not in _attached:
-            _attached[key] = self._attach(rank, device)
-        return _attached[key]
-
-    def _attach(self, rank: int, device: torch.device) -> Weights:
-        began = time.monotonic()
-        weights = attach(
-            self._settings.socket,
-            rank=rank,
-            device=device,
-            timeout=self._settings.timeout,
-            on_progress=_ProgressLog(rank),
-        )
-        _LOG.info(
-            "headrace: attached rank=%d tensors=%d bytes=%d seconds=%.3f mapping_seconds=%.4f",
-            rank,
-            len(weights.tensors),
-            weights.nbytes,
-            time.monotonic() - began,
-            weights.seconds,
-        )
-        return weights
-
-
-class _ProgressLog:
-    """Logs the progress of a load that is waited for, every few seconds."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._next = 0.0
-
-    def __call__(self, loading: Loading) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _PROGRESS_SECONDS
-            _LOG.info(
-                "headrace: rank=%d waits for weights: %d of %d bytes (%s)",
-                self._rank,
-                loading.loaded_bytes,
-                loading.total_bytes,
-                loading.note,
-            )
-
-
-def _process(model: nn.Module, model_config: "ModelConfig", device: torch.device) -> None:
-    """Let vLLM post-process the weights; say so when it writes to them."""
-    # On the CPU a write in place ends in SIGSEGV; this shows where.
-    if not faulthandler.is_enabled():
-        faulthandler.enable()
-    try:
-        process_weights_after_loading(model, model_config, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except torch.AcceleratorError as error:
-        raise Unsupported(
-            "--load-format headrace: the GPU failed while vLLM post-processed the weights, which "
-            "are read-only: a quantization or kernel that changes weights in place cannot be used "
-            f"(CUDA_LAUNCH_BLOCKING=1 shows which): {error}"
-        ) from error
+        return attached(self._settings, rank, self._device(vllm_config), _LOG)
 
 
 def _check_features(vllm_config: "VllmConfig", model_config: "ModelConfig") -> None:
@@ -230,23 +130,3 @@ def _tie_again(model_config: "ModelConfig", names: Collection[str]) -> None:
     for config in (model_config.hf_config, model_config.hf_config.get_text_config()):
         config.tie_word_embeddings = True
     model_config.word_embeddings_untied_by_checkpoint = False
-
-
-def _check_checkpoint(model_config: "ModelConfig", weights: Weights) -> None:
-    """Refuse weights of another checkpoint than the one the configuration comes from."""
-    path = Path(model_config.model) / _MANIFEST
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        _LOG.warning(
-            "headrace: %s cannot be read (%s): not checked that --model and the resident weights "
-            "belong together",
-            path,
-            error.strerror,
-        )
-        return
-    if digest != weights.checkpoint:
-        raise WeightsMismatch(
-            f"--model {model_config.model}: its {_MANIFEST} has SHA-256 {digest}, the resident "
-            f"weights come from {weights.checkpoint}; give loader and engine the same checkpoint"
-        )

@@ -1,8 +1,8 @@
 """Copies the engine side where a stock engine finds it: a directory on its PYTHONPATH.
 
-The copy is two packages and the metadata that announces vLLM's entry point. Every entry
-appears whole, by rename, and the announcement comes last, so an engine never imports half
-a plugin. A loader that starts again leaves an equal copy untouched.
+The copy is two packages and the metadata that announces the entry points for vLLM and SGLang.
+Every entry appears whole, by rename, and the announcement comes last, so an engine never imports
+half a plugin. A loader that starts again leaves an equal copy untouched.
 """
 
 import filecmp
@@ -19,7 +19,13 @@ PACKAGES = ("headrace_handover", "headrace_engine")
 
 _DISTRIBUTION = "headrace-loader"
 _METADATA_NAME = "headrace_engine.dist-info"
-_ENTRY_POINTS = "[vllm.general_plugins]\nheadrace = headrace_engine:register\n"
+_ENTRY_POINTS = """\
+[vllm.general_plugins]
+headrace = headrace_engine:register
+
+[sglang.srt.plugins]
+headrace = headrace_engine:register_sglang
+"""
 
 
 def copy_engine_side(target: Path) -> None:

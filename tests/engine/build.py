@@ -19,7 +19,7 @@ from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
 
-from headrace_engine import vllm_loader
+from headrace_engine import plugins
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -58,7 +58,7 @@ def build(job: dict) -> dict:
     config = arguments.create_engine_config()
     for name, value in changes.items():
         setattr(config.model_config, name, value)
-    vllm_loader._attached.clear()
+    plugins._attached.clear()
     with set_current_vllm_config(config):
         loader = get_model_loader(config.load_config)
         external = loader.get_external_weight_memory(config)

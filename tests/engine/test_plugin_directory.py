@@ -14,9 +14,10 @@ from headrace_loader.plugin import copy_engine_side
 
 FIND = """
 import importlib.metadata, sys
-found = importlib.metadata.entry_points(group="vllm.general_plugins", name="headrace")
-assert "torch" not in sys.modules
-print([point.value for point in found], found["headrace"].load().__module__)
+for group in ("vllm.general_plugins", "sglang.srt.plugins"):
+    found = importlib.metadata.entry_points(group=group, name="headrace")
+    assert "torch" not in sys.modules
+    print([point.value for point in found], found["headrace"].load().__module__)
 import headrace_engine, headrace_handover
 print(headrace_engine.__file__, headrace_handover.__file__)
 assert "torch" not in sys.modules, "plugins must be cheap to import"
@@ -35,7 +36,8 @@ def test_a_stock_interpreter_finds_the_entry_point(tmp_path: Path) -> None:
         check=True,
     ).stdout.splitlines()
     assert out[0] == "['headrace_engine:register'] headrace_engine"
-    assert out[1].count(str(tmp_path)) == 2
+    assert out[1] == "['headrace_engine:register_sglang'] headrace_engine"
+    assert out[2].count(str(tmp_path)) == 2
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:

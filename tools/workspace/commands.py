@@ -123,6 +123,13 @@ def _test_faults(arguments: Sequence[str]) -> int:
     return _call(["-m", "pytest", "tests/operator/faults", *arguments])
 
 
+def _test_sglang(arguments: Sequence[str]) -> int:
+    """Start SGLang's whole engine as well, whose processes import for a minute."""
+    _venv()
+    os.environ["HEADRACE_SGLANG"] = "engine"
+    return _call(["-m", "pytest", "tests/sglang", *arguments])
+
+
 def _setup(*module: str) -> None:
     if status := _call(["-m", *module], BUILD_SECONDS):
         raise ToolError(f"{' '.join(module)}: failed with status {status}; the reason is above")
@@ -172,6 +179,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _module("demo"),
     "test": _test,
     "test-faults": _test_faults,
+    "test-sglang": _test_sglang,
     "lint": _lint,
     "venv": _venv,
     "images": _module("imagebuild"),

@@ -27,6 +27,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("--extra", "sources", "--extra", "cli"),
     ),
     "cli.txt": ("operator/pyproject.toml", "--extra", "cli"),
+    # Without what the workspace overrides: torchvision is left out there.
+    "sglang.txt": ("requirements/sglang.in", "--no-deps", "--no-config"),
 }
 
 
