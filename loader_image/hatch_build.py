@@ -21,7 +21,7 @@ class MoverHook(BuildHookInterface):
             return
         source = Path(self.root, "headrace_loader/cuda/mover.c")
         target = source.with_suffix(".so")
-        options = ["-O2", "-shared", "-fPIC", str(source), "-o", str(target)]
+        options = ["-O2", "-shared", "-fPIC", "-pthread", str(source), "-o", str(target)]
         subprocess.run([compiler, *options], check=True)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_')}"

@@ -32,13 +32,17 @@ WAYS = {
 
 
 class Silent:
-    """Progress that nobody looks at."""
+    """Progress that nobody looks at but for the number of bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
 
     def path(self, report: object) -> None:
         """Do nothing."""
 
     def read(self, nbytes: int) -> None:
-        """Do nothing."""
+        """Count."""
+        self.bytes += nbytes
 
     def verified(self, nbytes: int) -> None:
         """Do nothing."""
@@ -79,7 +83,9 @@ def load(checkpoint: Path, policy: PathPolicy) -> str:
         regions = [backend.allocate(source.nbytes) for source in sources]
         for region, source in zip(regions, sources, strict=True):
             ctypes.memset(region.pointer + source.nbytes - 8, 0xFF, 16)
-        backend.fill(list(zip(regions, sources, strict=True)), Silent())
+        progress = Silent()
+        backend.fill(list(zip(regions, sources, strict=True)), progress)
+        assert progress.bytes == sum(source.nbytes for source in sources)
         for region, source in zip(regions, sources, strict=True):
             content = os.pread(region.export(), source.nbytes, 0)
             assert content == source.path.read_bytes()[source.offset :]

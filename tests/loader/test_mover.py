@@ -14,10 +14,14 @@ from headrace_loader.cuda import native
 
 PIECE = 8192
 SOURCE = Path(native.__file__).with_name("mover.c")
-QUERY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
-RECORD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-COPY = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
+CONTEXT, KERNEL, STREAM, DIGESTS = 11, 12, 13, 1 << 20
+INT, ADDRESS, WORDS = ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)
+USE = ctypes.CFUNCTYPE(INT, ADDRESS)
+QUERY = ctypes.CFUNCTYPE(INT, ADDRESS)
+RECORD = ctypes.CFUNCTYPE(INT, ADDRESS, ADDRESS)
+COPY = ctypes.CFUNCTYPE(INT, ctypes.c_uint64, ADDRESS, ctypes.c_size_t, ADDRESS)
+LAUNCH = ctypes.CFUNCTYPE(
+    INT, ADDRESS, *[ctypes.c_uint] * 7, ADDRESS, ctypes.POINTER(WORDS), ADDRESS
 )
 
 
@@ -27,79 +31,170 @@ def mover(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if compiler is None:
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("mover") / "mover.so"
-    strict = ["-Wall", "-Wextra", "-Werror", "-O2"]
-    subprocess.run(
-        [compiler, *strict, "-shared", "-fPIC", SOURCE, "-o", library], check=True, timeout=60
-    )
+    options = ["-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *options, SOURCE, "-o", library], check=True, timeout=60)
     return native.mover(library)
 
 
 class FakeDriver:
     """Events that are ready at the second question; copies at once, into host memory."""
 
-    def __init__(self, copy_code: int = 0) -> None:
+    def __init__(self, lanes: int = 1, *, failing: str = "", fails_at: int = 1) -> None:
         self.asked: list[int] = []
         self.recorded: list[int] = []
-        self._copy_code = copy_code
-        self._functions = (QUERY(self._query), RECORD(self._record), COPY(self._copy))
-        self._buffers = [ctypes.create_string_buffer(b"\xff" * PIECE, PIECE) for _ in range(2)]
-        addresses = [ctypes.cast(one, ctypes.c_void_p) for one in self._functions]
-        self.lane = native.Lane(*addresses, None, piece=PIECE)
-        for slot, buffer in enumerate(self._buffers):
-            self.lane.buffer[slot], self.lane.event[slot] = ctypes.addressof(buffer), slot + 1
+        self.launched: list[tuple[int, ...]] = []
+        self.contexts: list[int] = []
+        self._failing, self._left = failing, fails_at
+        self._functions = (
+            USE(self._use),
+            QUERY(self._query),
+            RECORD(self._record),
+            COPY(self._copy),
+            LAUNCH(self._launch),
+        )
+        self._buffers = [
+            [ctypes.create_string_buffer(b"\xff" * PIECE, PIECE) for _ in range(2)]
+            for _ in range(lanes)
+        ]
+        self.calls = [ctypes.cast(one, ADDRESS) for one in self._functions]
+        self.lanes = (native.Lane * lanes)()
+        for number, (lane, buffers) in enumerate(zip(self.lanes, self._buffers, strict=True)):
+            lane.stream = STREAM
+            for slot, buffer in enumerate(buffers):
+                lane.buffer[slot] = ctypes.addressof(buffer)
+                lane.event[slot] = 2 * number + slot + 1
+
+    def _answer(self, call: str) -> int:
+        if call == self._failing:
+            self._left -= 1
+        return 700 if self._failing == call and self._left < 1 else 0
+
+    def _use(self, context: int) -> int:
+        self.contexts.append(context)
+        return self._answer("use")
 
     def _query(self, event: int) -> int:
         self.asked.append(event)
-        return 600 if len(self.asked) % 2 else 0
+        return 600 if self.asked.count(event) % 2 else self._answer("query")
 
-    def _record(self, event: int, _stream: int) -> int:
+    def _record(self, event: int, stream: int) -> int:
+        assert stream == STREAM
         self.recorded.append(event)
-        return 0
+        return self._answer("record")
 
     def _copy(self, pointer: int, source: int, size: int, _stream: int) -> int:
         ctypes.memmove(pointer, source, size)
-        return self._copy_code
+        return self._answer("copy")
+
+    def _launch(self, kernel: int, x: int, y: int, z: int, threads: int, *rest: Any) -> int:
+        arguments = rest[-2]
+        values = (arguments[n].contents.value for n in range(4))
+        self.launched.append((kernel, x, y, z, threads, *rest[:4], *values))
+        return self._answer("launch")
+
+
+class Moved:
+    """What came of moving `sizes` bytes of a file, one run each, from `offset` on."""
+
+    def __init__(
+        self, mover: Any, path: Path, driver: FakeDriver, sizes: tuple[int, ...], offset: int
+    ) -> None:
+        self.begins = [sum(sizes[:n]) + 64 * n for n in range(len(sizes))]
+        total = sum(sizes) + 64 * len(sizes)
+        target = ctypes.create_string_buffer(b"\xee" * total, total)
+        descriptor = os.open(path, os.O_RDONLY)
+        self.runs = (native.Run * len(sizes))(
+            *(
+                (offset + sum(sizes[:n]), size, ctypes.addressof(target) + begin, 4096, DIGESTS + n)
+                for n, (size, begin) in enumerate(zip(sizes, self.begins, strict=True))
+            )
+        )
+        for run in self.runs:
+            run.file = descriptor
+        self.load = native.Load(
+            *driver.calls,
+            CONTEXT,
+            KERNEL,
+            self.runs,
+            driver.lanes,
+            run_count=len(sizes),
+            lane_count=len(driver.lanes),
+            piece=PIECE,
+            blocks=16,
+            threads=256,
+        )
+        mover(self.load)
+        os.close(descriptor)
+        self.target = target.raw
+        self.done = [run.done for run in self.runs]
+
+
+Move = Callable[..., Moved]
 
 
 @pytest.fixture
-def move(mover: Any, tmp_path: Path) -> Callable[..., tuple[int, bytes]]:
-    def moved(driver: FakeDriver, content: bytes, offset: int, size: int) -> tuple[int, bytes]:
+def move(mover: Any, tmp_path: Path) -> Move:
+    def moved(driver: FakeDriver, content: bytes, *sizes: int, offset: int = 0) -> Moved:
         (tmp_path / "file").write_bytes(content)
-        target = ctypes.create_string_buffer(b"\xee" * (size + 64), size + 64)
-        descriptor = os.open(tmp_path / "file", os.O_RDONLY)
-        code = mover(driver.lane, descriptor, offset, size, ctypes.addressof(target))
-        os.close(descriptor)
-        return code, target.raw
+        return Moved(mover, tmp_path / "file", driver, sizes, offset)
 
     return moved
 
 
 @pytest.mark.parametrize("size", [1, 8, PIECE, PIECE + 3, 5 * PIECE + 4093])
-def test_all_bytes_arrive_padded_with_zeros_to_whole_words(
-    move: Callable[..., tuple[int, bytes]], size: int
-) -> None:
+def test_all_bytes_arrive_padded_with_zeros_to_whole_words(move: Move, size: int) -> None:
     content, driver = os.urandom(4096 + size), FakeDriver()
-    code, target = move(driver, content, 4096, size)
-    assert code == 0
-    assert target[:size] == content[4096:]
+    moved = move(driver, content, size, offset=4096)
+    assert (moved.done, moved.load.moved, driver.contexts) == ([1], size, [CONTEXT])
+    assert moved.target[:size] == content[4096:]
     padded = -(-size // 8) * 8
-    assert target[size:padded] == bytes(padded - size)
-    assert target[padded:] == b"\xee" * (size + 64 - padded)  # nothing beyond
+    assert moved.target[size:padded] == bytes(padded - size)
+    assert moved.target[padded:] == b"\xee" * (size + 64 - padded)  # nothing beyond
 
 
-def test_buffers_take_turns_and_each_is_waited_for(move: Callable[..., tuple[int, bytes]]) -> None:
+def test_buffers_take_turns_and_each_is_waited_for(move: Move) -> None:
     driver = FakeDriver()
-    move(driver, os.urandom(3 * PIECE), 0, 3 * PIECE)
+    move(driver, os.urandom(3 * PIECE), 3 * PIECE)
     assert driver.recorded == [1, 2, 1]
     assert driver.asked == [1, 1, 2, 2, 1, 1]
 
 
-def test_a_file_that_ends_early_is_told(move: Callable[..., tuple[int, bytes]]) -> None:
-    assert move(FakeDriver(), os.urandom(PIECE), 0, PIECE + 1)[0] == 1
+def test_digests_are_queued_behind_each_run(move: Move) -> None:
+    driver = FakeDriver()
+    moved = move(driver, os.urandom(20000), 12288, 4097)
+    places = [run.pointer for run in moved.runs]
+    assert driver.launched == [
+        (KERNEL, 16, 3, 1, 256, 1, 1, 0, STREAM, places[0], 1536, 512, DIGESTS),
+        (KERNEL, 16, 2, 1, 256, 1, 1, 0, STREAM, places[1], 513, 512, DIGESTS + 1),
+    ]
 
 
-def test_a_failed_copy_is_told(move: Callable[..., tuple[int, bytes]]) -> None:
-    assert move(FakeDriver(copy_code=700), os.urandom(PIECE), 0, PIECE)[0] == 1
+def test_lanes_share_the_runs(move: Move) -> None:
+    content, driver = os.urandom(64 * PIECE), FakeDriver(lanes=4)
+    moved = move(driver, content, *[PIECE] * 64)
+    assert moved.done == [1] * 64
+    assert driver.contexts == [CONTEXT] * 4
+    for n, begin in enumerate(moved.begins):
+        assert moved.target[begin : begin + PIECE] == content[n * PIECE : (n + 1) * PIECE]
+
+
+def test_a_file_that_ends_early_is_told(move: Move) -> None:
+    moved = move(FakeDriver(), os.urandom(PIECE + 8), PIECE, 9)
+    assert (moved.done, moved.load.failed, moved.load.moved) == ([1, 0], 1, PIECE)
+
+
+@pytest.mark.parametrize("call", ["use", "query", "record", "copy", "launch"])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_failed_call_ends_all_and_leaves_the_rest_undone(
+    move: Move, call: str, lanes: int
+) -> None:
+    driver = FakeDriver(lanes, failing=call, fails_at=2 if call != "use" else 1)
+    moved = move(driver, os.urandom(64 * PIECE), *[PIECE] * 64)
+    assert moved.load.failed == 1
+    assert moved.done.count(0) > 32
+    assert moved.load.moved == moved.done.count(1) * PIECE
+    if call != "launch":
+        assert len(driver.launched) == moved.done.count(1)
 
 
 def test_without_the_library_there_is_none(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from headrace_loader.backends import (
 from headrace_loader.backends.parallel import run_parallel
 from headrace_loader.backends.reading import ALIGNMENT, PartFile, staged
 from headrace_loader.cuda import gds, native
+from headrace_loader.cuda.compiled import CompiledLoad
 from headrace_loader.cuda.digester import Digester
 from headrace_loader.cuda.driver import Allocation, CudaError, Device, HostBuffer
-from headrace_loader.cuda.lanes import DirectLane, Lane, pinned_bytes, staged_lanes
+from headrace_loader.cuda.lanes import DirectLane, Lane, StagedLane, pinned_bytes, staged_lanes
 from headrace_loader.cuda.opening import opening
 from headrace_loader.cuda.runs import Run, cut
 from headrace_loader.errors import (
@@ -111,16 +112,40 @@ class CudaBackend:
         sources = [source for _, source in transfers]
         with ExitStack() as stack:
             files = [stack.enter_context(PartFile(s)) for s in sources]
-            _check_digests(sources)
-            digester = Digester(sum(len(source.digests) for source in sources))
+            expected = _digests(sources)
+            digester = Digester(len(expected))
             pointers = [_pointer(region) for region, _ in transfers]
             lanes, report = self._lanes(files, pointers[0])
-            runs = cut(files, pointers, len(lanes))
+            runs = list(cut(files, pointers, len(lanes)))
+            begin = self._staged(lanes, runs, digester, pointers[0], progress)
             progress.path(report)
-            run_parallel(runs, [self._mover(lane, digester, progress) for lane in lanes])
+            if left := begin():
+                run_parallel(left, [self._mover(lane, digester, progress) for lane in lanes])
             for lane in lanes:
                 lane.stream.synchronize()
-        _compare(sources, digester.results(), progress)
+            found = digester.results()
+        if found != expected:
+            raise _mismatch(sources, expected, found)
+        for source in sources:
+            progress.verified(source.nbytes)
+
+    def _staged(
+        self,
+        lanes: Sequence[Lane],
+        runs: list[Run],
+        digester: Digester,
+        pointer: int,
+        progress: Progress,
+    ) -> Callable[[], list[Run]]:
+        """Prepare what moves runs by compiled code; it returns those it leaves to the rest."""
+        staged = [lane for lane in lanes if isinstance(lane, StagedLane)]
+        for lane in staged:
+            lane.warm(pointer, digester)
+        mover = native.mover()
+        if mover is None or not staged:
+            return lambda: runs
+        load = CompiledLoad(self._device, digester, staged, runs, progress.read)
+        return lambda: load.move(mover)
 
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:
         def move(run: Run) -> None:
@@ -162,21 +187,22 @@ def _pointer(region: Region) -> int:
     return region.pointer
 
 
-def _check_digests(sources: Sequence[PartSource]) -> None:
+def _digests(sources: Sequence[PartSource]) -> list[int]:
+    """Return the digests of all chunks."""
     for source in sources:
         if source.digest_algorithm != MULTILINEAR64:
             raise BackendUnavailable(
                 f"{source.path}: digestAlgorithm {source.digest_algorithm}: the CUDA backend "
                 f"checks {MULTILINEAR64} alone; shard the model again"
             )
+    return [int(digest, 16) for source in sources for digest in source.digests]
 
 
-def _compare(sources: Sequence[PartSource], found: Sequence[str], progress: Progress) -> None:
-    expected = (
-        (source, n, digest) for source in sources for n, digest in enumerate(source.digests)
+def _mismatch(
+    sources: Sequence[PartSource], expected: Sequence[int], found: Sequence[int]
+) -> ChunkMismatch:
+    chunks = [(source, chunk) for source in sources for chunk in range(len(source.digests))]
+    first = next(
+        n for n, (want, have) in enumerate(zip(expected, found, strict=True)) if want != have
     )
-    for (source, chunk, digest), computed in zip(expected, found, strict=True):
-        if computed != digest:
-            raise ChunkMismatch(source, chunk, computed)
-    for source in sources:
-        progress.verified(source.nbytes)
+    return ChunkMismatch(*chunks[first], f"{found[first]:016x}")

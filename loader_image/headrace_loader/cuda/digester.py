@@ -6,7 +6,8 @@ from headrace_loader.cuda.driver import CudaError, Kernel, Stream, Words
 from headrace_loader.cuda.runs import WORD
 
 _NAME = "multilinear64"
-_BLOCKS_PER_CHUNK, _THREADS = 16, 256
+BLOCKS_PER_CHUNK, THREADS = 16, 256
+"""Of a launch: blocks that share a chunk, and threads of a block."""
 
 
 class Digester:
@@ -22,13 +23,27 @@ class Digester:
         All but the last have `chunk_bytes`; the last is padded with zeros to whole words.
         """
         chunks = -(-size // chunk_bytes)
-        out = self._digests.pointer + index * WORD
-        arguments = (pointer, -(-size // WORD), chunk_bytes // WORD, out)
-        self._kernel.launch(stream, (_BLOCKS_PER_CHUNK, chunks), _THREADS, arguments)
+        arguments = (pointer, -(-size // WORD), chunk_bytes // WORD, self.place(index))
+        self._kernel.launch(stream, (BLOCKS_PER_CHUNK, chunks), THREADS, arguments)
 
-    def results(self) -> list[str]:
-        """Return the digests as 16 hex digits each; the streams must have been synchronized."""
-        return [f"{value:016x}" for value in self._digests.take()]
+    def warm(self, stream: Stream, pointer: int) -> None:
+        """Queue a launch that adds nothing."""
+        self._kernel.launch(
+            stream, (BLOCKS_PER_CHUNK, 1), THREADS, (pointer, 0, WORD, self.place(0))
+        )
+
+    def place(self, index: int) -> int:
+        """Return the device address of the digest of a chunk."""
+        return self._digests.pointer + index * WORD
+
+    @property
+    def kernel(self) -> int:
+        """The function, for compiled code to launch."""
+        return self._kernel.handle
+
+    def results(self) -> list[int]:
+        """Return the digests; the streams must have been synchronized."""
+        return self._digests.take()
 
 
 def _kernel() -> Kernel:

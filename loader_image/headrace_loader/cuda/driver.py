@@ -198,6 +198,11 @@ class Device:
         _device_pci_bus_id(name, len(name), self.ordinal)
         return name.value.decode()
 
+    @property
+    def context(self) -> int:
+        """The context, for compiled code to use."""
+        return self._context.value or 0
+
     def use(self) -> None:
         """Make the context current in the calling thread."""
         _context_use(self._context)
@@ -326,6 +331,11 @@ class Kernel:
         self._function = c_void_p()
         _load_module(byref(module), image)
         _get_function(byref(self._function), module, name.encode())
+
+    @property
+    def handle(self) -> int:
+        """The function, for compiled code to launch."""
+        return self._function.value or 0
 
     def launch(
         self, stream: Stream, blocks: tuple[int, int], threads: int, arguments: tuple[int, ...]

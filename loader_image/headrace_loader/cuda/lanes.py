@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from headrace_loader.cuda import driver, native
+from headrace_loader.cuda import native
 from headrace_loader.cuda.driver import Event, HostBuffer, Stream
 from headrace_loader.cuda.runs import PIECE_BYTES, WORD, Run, padded
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from headrace_loader.cuda.digester import Digester
     from headrace_loader.cuda.gds import DirectFile
 
 _BUFFERS = 2
@@ -43,13 +44,14 @@ class StagedLane:
             for begin in range(offset, offset + _BUFFERS * PIECE_BYTES, PIECE_BYTES)
         ]
 
-        self._mover, self._native = native.mover(), self._native_lane()
+    def warm(self, pointer: int, digester: Digester) -> None:
+        """Use the stream, with what comes to `pointer` later: the first time takes longer."""
+        self.stream.copy_to_device(pointer, self._buffers[0][0], WORD)
+        digester.warm(self.stream, pointer)
+        self.stream.synchronize()
 
     def move(self, run: Run, moved: Callable[[int], None]) -> None:
         """Read piece by piece, and queue the copies."""
-        if self._move_natively(run):
-            moved(run.end - run.begin)
-            return
         for begin, end, pointer in run.pieces():
             address, view, copied = self._buffers[0]
             self._buffers.reverse()
@@ -62,25 +64,9 @@ class StagedLane:
             copied.record(self.stream)
             moved(size)
 
-    def _move_natively(self, run: Run) -> bool:
-        """Move it by compiled code; False where that cannot, or something fails.
-
-        Direct reads are not worth it: storage is slower than the interpreter.
-        """
-        if self._mover is None or not run.file.buffered_reason:
-            return False
-        offset, size = run.file.source.offset + run.begin, run.end - run.begin
-        failed = self._mover(self._native, run.file.fileno(), offset, size, run.pointer)
-        return not failed
-
-    def _native_lane(self) -> native.Lane:
-        lane = native.Lane(
-            driver.address("cuEventQuery"),
-            driver.address("cuEventRecord"),
-            driver.address("cuMemcpyHtoDAsync_v2"),
-            self.stream.handle,
-            piece=PIECE_BYTES,
-        )
+    def native(self) -> native.Lane:
+        """Return it as compiled code sees it; this object has to live as long."""
+        lane = native.Lane(self.stream.handle)
         for slot, (address, _, event) in enumerate(self._buffers):
             lane.buffer[slot], lane.event[slot] = address, event.handle
         return lane
