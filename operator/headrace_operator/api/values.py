@@ -34,7 +34,7 @@ def values_schema(definition: dict[str, Any]) -> str:
             triggers=_PEERS | {"description": "Triggers of KEDA, instead of the default one."},
         ),
         "networkPolicy": _part(
-            "A NetworkPolicy for the serving pods: who may ask and, if so wanted, what they may reach.",
+            "A NetworkPolicy for the pods: who may ask and, if so wanted, what they may reach.",
             enabled=_flag("Make it."),
             clients=_PEERS | {"description": "Who may ask the engine; empty: everyone."},
             monitors=_PEERS | {"description": "Who may reach the loader's port; empty: everyone."},
