@@ -20,6 +20,7 @@ pytestmark = [
 
 MIB = 1 << 20
 RANKS = 2
+TWO_RANKS = ("--backend", "cuda", f"--tensor-parallel-size={RANKS}")
 PARTS = ((("a", "U8", (40 * MIB + 3,)), ("b", "BF16", (1024, 512))), (("c", "F32", (MIB,)),))
 TENSOR_PARALLEL = {
     "enforce_eager": True,
@@ -38,7 +39,7 @@ def test_each_rank_is_on_its_own_gpu(
     manifest = support.make_checkpoint(
         tmp_path / "c", ranks=RANKS, parts=PARTS, chunk_bytes=MIB, algorithm="multilinear64"
     )
-    loader = start_loader(tmp_path / "c", "--backend", "cuda")
+    loader = start_loader(tmp_path / "c", *TWO_RANKS)
     ranks = loader.until_phase("Ready")["ranks"]
     uuids = [str(torch.cuda.get_device_properties(rank).uuid) for rank in range(RANKS)]
     assert [rank["device"] for rank in ranks] == [f"GPU-{uuid}" for uuid in uuids]
@@ -59,7 +60,7 @@ def test_the_gpu_of_another_rank_is_refused(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
     support.make_checkpoint(tmp_path / "c", ranks=RANKS, algorithm="multilinear64")
-    loader = start_loader(tmp_path / "c", "--backend", "cuda")
+    loader = start_loader(tmp_path / "c", *TWO_RANKS)
     loader.until_phase("Ready")
     with pytest.raises(Exception, match="GPU-"):
         attach(loader.socket, rank=0, device="cuda:1")
@@ -82,7 +83,7 @@ def test_vllm_over_two_gpus_serves_the_same_tokens(
     plain.kill()
 
     checkpoint = make_checkpoint(model, ranks=RANKS)
-    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
+    loader = start_loader(checkpoint, *TWO_RANKS, f"--plugin-dir={tmp_path}/plugin")
     loader.until_phase("Ready")
     for part in checkpoint.glob("*.safetensors"):
         part.unlink()  # the engine has nothing to read weights from
