@@ -128,6 +128,7 @@ class CudaBackend:
             raise _mismatch(sources, expected, found)
         for source in sources:
             progress.verified(source.nbytes)
+        digester.close()
 
     def _staged(
         self,

@@ -45,6 +45,10 @@ class Digester:
         """Return the digests; the streams must have been synchronized."""
         return self._digests.take()
 
+    def close(self) -> None:
+        """Free the digests' memory, which takes longer than to read them."""
+        self._digests.free()
+
 
 def _kernel() -> Kernel:
     """Take machine code where it fits GPU and driver; compiling the PTX takes 35 ms and more."""

@@ -316,11 +316,14 @@ class Words:
         _context_synchronize()
 
     def take(self) -> list[int]:
-        """Return their values and free them; work that writes to them must be done."""
+        """Return their values; work that writes to them must be done."""
         values = (u64 * self._count)()
         _copy_to_host(values, self.pointer, ctypes.sizeof(values))
-        _free(self.pointer)
         return list(values)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        _free(self.pointer)
 
 
 class Kernel:
