@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from headrace_operator.plan import Observed, Plan, needs, plan
+from headrace_operator.plan.names import COMPONENT_LABEL, RECLAIM
 from headrace_operator.plan.objects import is_deleting, name_of, uid_of
 
 ROUNDS = 25
@@ -93,7 +94,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["Job", "Deployment", "Service", "ResourceClaimTemplate"]))
     def delete_a_child(self, kind: str) -> None:
-        for key in [key for key in self.objects if key[0] == kind][:1]:
+        for key in [key for key, o in self.objects.items() if key[0] == kind and not told(o)][:1]:
             self.remove(key)
 
     @rule(seconds=st.integers(-7200, 7200))
@@ -339,6 +340,12 @@ class Cluster(RuleBasedStateMachine):
             "updatedReplicas": count,
             "readyReplicas": count,
         }
+
+
+def told(job: Any) -> bool:
+    """Whether a Job tells what it deleted; else only loaders would, which are not played here."""
+    is_reclaim = job["metadata"].get("labels", {}).get(COMPONENT_LABEL) == RECLAIM
+    return is_reclaim and bool(job.get("status"))
 
 
 def mounted(pod: Any) -> str:

@@ -126,7 +126,7 @@ def _claim_of_pod(pod: Object) -> str:
 def reclaimed_by(job: Object) -> list[str]:
     """Return the paths that a reclaim Job deletes; none for any other Job."""
     paths = text(job, "metadata", "annotations", PATH_ANNOTATION)
-    return paths.split(",") if _component(job) == RECLAIM else []
+    return paths.split(",") if paths and _component(job) == RECLAIM else []
 
 
 def has_ended(job: Object | None) -> bool:
