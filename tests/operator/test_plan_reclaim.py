@@ -337,9 +337,15 @@ def test_a_job_takes_its_records_along_when_more_has_to_go_by_now(build: SimpleN
 
 def test_what_is_being_deleted_is_not_deleted_twice(build: SimpleNamespace) -> None:
     reclaim, record = reclaim_job(build)
-    resource, observed = settled(build, {"model": {"revision": "v3"}}, record, reclaim)
+    another = build.done(build.resource(build.merged(DELETE, {"model": {"revision": "v2"}})))
+    resource, observed = settled(build, {"model": {"revision": "v3"}}, record, another, reclaim)
     result = build.plan(resource, observed)
-    assert (jobs_of(result), result.delete) == ([], ())
+    (job,) = jobs_of(result)
+    path = another["metadata"]["annotations"]["headrace.dev/checkpoint-path"]
+    assert (job["metadata"]["annotations"]["headrace.dev/checkpoint-path"], result.delete) == (
+        path,
+        (),
+    )
 
 
 def test_the_same_path_on_another_claim_is_another_checkpoint(build: SimpleNamespace) -> None:
