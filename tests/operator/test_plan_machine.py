@@ -164,9 +164,11 @@ class Cluster(RuleBasedStateMachine):
         conditions = {c["type"]: c for c in self.resource["status"]["conditions"]}
         spec = self.resource["spec"]
         jobs = [o for (kind, _), o in self.objects.items() if kind == "Job"]
-        assert len(jobs) == 1
-        failed = any(c["type"] == "Failed" for c in jobs[0]["status"]["conditions"])
+        failed = any(c["type"] == "Failed" for job in jobs for c in job["status"]["conditions"])
         refused = spec["gpu"]["sharing"] == "WholeNode" and self.gpus() is not None
+        # What the last spec that served has is deleted once this one serves.
+        keeps = (failed or refused) and spec.get("checkpoint", {}).get("reclaimPolicy") == "Delete"
+        assert len(jobs) == 1 or keeps
         if failed or refused:
             assert conditions["Ready"]["status"] == "False"
             assert conditions["Ready"]["reason"] not in ("Serving", "RollingOut")
