@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from headrace_operator.plan import Observed, Plan, needs, plan
+from headrace_operator.plan.names import COMPONENT_LABEL, RECLAIM
 from headrace_operator.plan.objects import is_deleting, name_of, uid_of
 
 ROUNDS = 25
@@ -93,7 +94,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["Job", "Deployment", "Service", "ResourceClaimTemplate"]))
     def delete_a_child(self, kind: str) -> None:
-        for key in [key for key in self.objects if key[0] == kind][:1]:
+        for key in [key for key, o in self.objects.items() if key[0] == kind and not told(o)][:1]:
             self.remove(key)
 
     @rule(seconds=st.integers(-7200, 7200))
@@ -163,9 +164,11 @@ class Cluster(RuleBasedStateMachine):
         conditions = {c["type"]: c for c in self.resource["status"]["conditions"]}
         spec = self.resource["spec"]
         jobs = [o for (kind, _), o in self.objects.items() if kind == "Job"]
-        assert len(jobs) == 1
-        failed = any(c["type"] == "Failed" for c in jobs[0]["status"]["conditions"])
+        failed = any(c["type"] == "Failed" for job in jobs for c in job["status"]["conditions"])
         refused = spec["gpu"]["sharing"] == "WholeNode" and self.gpus() is not None
+        # What the last spec that served has is deleted once this one serves.
+        keeps = (failed or refused) and spec.get("checkpoint", {}).get("reclaimPolicy") == "Delete"
+        assert len(jobs) == 1 or keeps
         if failed or refused:
             assert conditions["Ready"]["status"] == "False"
             assert conditions["Ready"]["reason"] not in ("Serving", "RollingOut")
@@ -339,6 +342,12 @@ class Cluster(RuleBasedStateMachine):
             "updatedReplicas": count,
             "readyReplicas": count,
         }
+
+
+def told(job: Any) -> bool:
+    """Whether a Job tells what it deleted; else only loaders would, which are not played here."""
+    is_reclaim = job["metadata"].get("labels", {}).get(COMPONENT_LABEL) == RECLAIM
+    return is_reclaim and bool(job.get("status"))
 
 
 def mounted(pod: Any) -> str:

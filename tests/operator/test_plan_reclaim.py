@@ -318,6 +318,61 @@ def test_a_job_of_an_earlier_round_says_nothing_about_the_next(build: SimpleName
     assert [deletion.uid for deletion in build.plan(resource, observed).delete] == ["uid-reclaim"]
 
 
+def test_a_job_takes_its_records_along_when_more_has_to_go_by_now(build: SimpleNamespace) -> None:
+    reclaim, record = reclaim_job(build, "Complete")
+    another = build.done(build.resource(build.merged(DELETE, {"model": {"revision": "v2"}})))
+    another["metadata"] |= {"name": "another", "uid": "uid-another"}
+    resource, observed = settled(build, {"model": {"revision": "v3"}}, record, another, reclaim)
+    result = build.plan(resource, observed)
+    assert [deletion.uid for deletion in result.delete] == ["uid-record", "uid-reclaim"]
+    assert "CheckpointDeleted" in [transition.reason for transition in result.transitions]
+    (job,) = jobs_of(result)
+    path = another["metadata"]["annotations"]["headrace.dev/checkpoint-path"]
+    assert job["metadata"]["annotations"]["headrace.dev/checkpoint-path"] == path
+    # nor is what it deleted trusted while the new one is not settled
+    unsettled = build.plan(resource, replace(observed, pods=()))
+    assert [deletion.uid for deletion in unsettled.delete] == ["uid-record", "uid-reclaim"]
+    assert jobs_of(unsettled) == []
+
+
+def test_what_is_being_deleted_is_not_deleted_twice(build: SimpleNamespace) -> None:
+    reclaim, record = reclaim_job(build)
+    another = build.done(build.resource(build.merged(DELETE, {"model": {"revision": "v2"}})))
+    resource, observed = settled(build, {"model": {"revision": "v3"}}, record, another, reclaim)
+    result = build.plan(resource, observed)
+    (job,) = jobs_of(result)
+    path = another["metadata"]["annotations"]["headrace.dev/checkpoint-path"]
+    assert (job["metadata"]["annotations"]["headrace.dev/checkpoint-path"], result.delete) == (
+        path,
+        (),
+    )
+
+
+def test_the_same_path_on_another_claim_is_another_checkpoint(build: SimpleNamespace) -> None:
+    reclaim, _ = reclaim_job(build, "Complete")
+    other = {"volume": {"existingClaim": {"name": "other"}}}
+    moved = build.resource(build.merged(DELETE, other))
+    done = build.done(moved)
+    done["metadata"]["uid"] = "uid-moved"
+    observed = build.world(moved, claim=build.claim("other"), jobs=(done, reclaim))
+    result = build.plan(moved, observed)
+    assert [deletion.uid for deletion in result.delete] == ["uid-reclaim"]
+    assert build.conditions(moved, observed)["CheckpointReady"]["status"] == "True"
+    # what is a record there is still to be deleted
+    resource, observed = settled(
+        build, build.merged(other, {"model": {"revision": "v2"}}), done, reclaim
+    )
+    result = build.plan(resource, observed)
+    assert [deletion.uid for deletion in result.delete] == ["uid-reclaim"]
+    (job,) = jobs_of(result)
+    assert job["metadata"]["name"] != reclaim["metadata"]["name"]
+    # also when the ModelDeployment goes
+    going = deleted(build, build.merged(DELETE, other))
+    alone = build.world(going, claim=build.claim("other"), jobs=(done, reclaim))
+    result = build.plan(going, alone)
+    assert (result.finalizer, len(jobs_of(result))) == (True, 1)
+
+
 def test_a_refused_deletion_is_told(build: SimpleNamespace) -> None:
     reclaim, record = reclaim_job(build)
     resource, observed = settled(build, {"model": {"revision": "v2"}}, record)

@@ -80,10 +80,9 @@ def plan_checkpoint(
     """Decide about the shard Job and derive CheckpointReady."""
     jobs = [job for job in observed.jobs if _component(job) != RECLAIM]
     here = [j for j in jobs if _is_here(spec, claim, j) and not _is_older(j, observed.claim)]
-    path = checkpoint_path(spec)
-    reclaim = next((job for job in observed.jobs if path in reclaimed_by(job)), None)
+    reclaim = next((job for job in observed.jobs if _deletes(job, spec, claim)), None)
     if reclaim is not None:
-        return _wait_for(reclaim, here)
+        return _wait_for(reclaim)
     job = _current(here)
     stale = tuple(
         Deletion.of(j) for j in jobs if j is not job and uid_of(j) and not is_record(spec, claim, j)
@@ -127,7 +126,7 @@ def _claim_of_pod(pod: Object) -> str:
 def reclaimed_by(job: Object) -> list[str]:
     """Return the paths that a reclaim Job deletes; none for any other Job."""
     paths = text(job, "metadata", "annotations", PATH_ANNOTATION)
-    return paths.split(",") if _component(job) == RECLAIM else []
+    return paths.split(",") if paths and _component(job) == RECLAIM else []
 
 
 def has_ended(job: Object | None) -> bool:
@@ -154,11 +153,15 @@ def _key_of(job: Object) -> str:
     return text(job, "metadata", "annotations", KEY_ANNOTATION)
 
 
-def _wait_for(reclaim: Object, here: list[Object]) -> Checkpoint:
-    """Wait for a Job that deletes what the spec asks for once more; nothing is trusted after it."""
+def _deletes(job: Object, spec: ModelDeploymentSpec, claim: str | None) -> bool:
+    """Whether a Job deletes the spec's checkpoint; the same path on another claim is another."""
+    return checkpoint_path(spec) in reclaimed_by(job) and claim in (None, claim_of(job))
+
+
+def _wait_for(reclaim: Object) -> Checkpoint:
+    """Wait for a Job that deletes what the spec asks for once more; its records go with it."""
     message = f"Job {name_of(reclaim)} deletes this checkpoint for an earlier spec; it has to end"
-    stale = tuple(Deletion.of(job) for job in here) if has_ended(reclaim) else ()
-    return Checkpoint(waiting("ShardJobReplacing", message), delete=stale)
+    return Checkpoint(waiting("ShardJobReplacing", message))
 
 
 def _component(job: Object) -> str:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from headrace_operator.api.spec import ModelDeploymentSpec
-from headrace_operator.plan.checkpoint import claim_of, has_ended, is_record
+from headrace_operator.plan.checkpoint import claim_of, has_ended, is_record, reclaimed_by
 from headrace_operator.plan.failures import most_telling
 from headrace_operator.plan.names import (
     COMPONENT_LABEL,
@@ -82,34 +82,25 @@ def plan_reclaim(
         is_settled: whether no pod needs anything but the current checkpoint.
     """
     wanted = spec.checkpoint.reclaim_policy == "Delete"
+    ended = [job for job in observed.jobs if _is_reclaim(job) and has_ended(job)]
     records = [job for job in observed.jobs if _path_of(job) and is_record(spec, claim, job)]
     if not (claim and is_settled):
         records = []
-    used = observed.paths_in_use | {checkpoint_path(spec)}
-    paths = sorted({_path_of(job) for job in records} - used)
-    name = _name(owner, paths)
-    # Of an earlier round: it says nothing about a checkpoint that was made after it.
-    over = [j for j in observed.jobs if _is_reclaim(j) and has_ended(j) and name_of(j) != name]
-    needless = [job for job in records if _path_of(job) in used]
-    done = tuple(Deletion.of(job) for job in (*needless, *over))
-    kept = _on_other_claims(owner, claim, observed) if wanted else ()
-    if not paths or not claim:
-        return Reclaim(delete=done, finalizer=wanted, transitions=kept)
-    job = next((job for job in observed.jobs if name_of(job) == name), None)
-    if job is None:
-        refused = next((r.message for r in observed.rejections if r.name == name), "")
-        told = (_told(owner, name, paths, refused),) if refused else ()
-        body = _job(owner, spec, claim, settings, paths)
-        return Reclaim((Desired(body, once=True),), done, finalizer=True, transitions=kept + told)
-    if not has_ended(job):
-        return Reclaim(delete=done, finalizer=True, transitions=kept)
+    needless = [job for job in records if _path_of(job) in observed.paths_in_use]
     # The records go first: should the rest not be reached, it is tried again, which is harmless.
-    gone = tuple(Deletion.of(record) for record in records if _path_of(record) in paths)
-    return Reclaim(
-        delete=(*done, *gone, Deletion.of(job)),
-        finalizer=True,
-        transitions=(*kept, _outcome(owner, job, paths, observed)),
-    )
+    gone = [job for job in observed.jobs if any(_has_deleted(by, job) for by in ended)]
+    done = tuple(dict.fromkeys(Deletion.of(job) for job in (*needless, *gone, *ended)))
+    told = [_outcome(owner, job, reclaimed_by(job), observed) for job in ended]
+    if wanted:
+        told += _on_other_claims(owner, claim, observed)
+    taken = {p for j in observed.jobs if claim_of(j) == claim for p in reclaimed_by(j)}
+    paths = sorted({_path_of(job) for job in records} - observed.paths_in_use - taken)
+    if not paths or not claim:
+        return Reclaim((), done, wanted, tuple(told))
+    body = _job(owner, spec, claim, settings, paths)
+    refused = (r.message for r in observed.rejections if r.name == name_of(body))
+    told += [_told(owner, name_of(body), paths, message) for message in refused]
+    return Reclaim((Desired(body, once=True),), done, wanted, tuple(told))
 
 
 def plan_last_reclaim(
@@ -136,13 +127,13 @@ def plan_last_reclaim(
     if users or _are_at_work(observed):
         going = tuple(Deletion.of(user) for user in users if not is_deleting(user))
         return Reclaim(delete=going, finalizer=True)
-    name = _name(owner, paths)
-    job = next((job for job in observed.jobs if name_of(job) == name), None)
+    same = (j for j in observed.jobs if reclaimed_by(j) == paths and claim_of(j) == claim)
+    job = next(same, None)
     if job is None:
+        body = _job(owner, spec, claim, settings, paths)
         refused = observed.rejection("Job")
         if refused is not None:
-            return Reclaim(transitions=(_told(owner, name, paths, refused.message),))
-        body = _job(owner, spec, claim, settings, paths)
+            return Reclaim(transitions=(_told(owner, name_of(body), paths, refused.message),))
         return Reclaim((Desired(body, once=True),), finalizer=True)
     if not (has_ended(job) or is_deleting(job)):
         return Reclaim(finalizer=True)
@@ -188,8 +179,13 @@ def _path_of(job: Object) -> str:
     return "" if _is_reclaim(job) else text(job, "metadata", "annotations", PATH_ANNOTATION)
 
 
-def _name(owner: Object, paths: list[str]) -> str:
-    return child_name(name_of(owner), f"{RECLAIM}-{digest(paths, 8)}")
+def _has_deleted(by: Object, job: Object) -> bool:
+    """Whether a reclaim Job was about the checkpoint that another Job is the record of."""
+    return _path_of(job) in reclaimed_by(by) and claim_of(job) == claim_of(by)
+
+
+def _name(owner: Object, claim: str, paths: list[str]) -> str:
+    return child_name(name_of(owner), f"{RECLAIM}-{digest([claim, *paths], 8)}")
 
 
 def _job(
@@ -200,7 +196,7 @@ def _job(
         "kind": "Job",
         "metadata": metadata(
             owner,
-            _name(owner, paths),
+            _name(owner, claim, paths),
             component=RECLAIM,
             annotations={PATH_ANNOTATION: ",".join(paths)},
             # Deleted in the foreground, the owner would take the Job along before it has run.
