@@ -1,6 +1,6 @@
 """Makes a small random Llama with a tokenizer: a real model directory that needs no download.
 
-    python examples/tiny_llama.py OUTPUT_DIRECTORY [--layers 2 --hidden-size 256 ...]
+    python examples/tiny_llama.py OUTPUT_DIRECTORY [--layers 2 --hidden-size 320 ...]
 
 The same seed and sizes give the same bytes. Needs numpy, tokenizers and
 headrace_checkpoint; neither torch nor transformers.
@@ -175,7 +175,8 @@ def main() -> None:
     """Command line: sizes as options, the directory as the only argument."""
     parser = argparse.ArgumentParser(description="Make a small random Llama with a tokenizer.")
     parser.add_argument("directory", type=Path)
-    default = Size()
+    # Heads of 80: with multiples of 32 vLLM 0.32 crashes so small a model on processors with AMX.
+    default = Size(hidden_size=320)
     for name in ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "vocab_size"):
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=getattr(default, name))

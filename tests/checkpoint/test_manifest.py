@@ -14,7 +14,6 @@ from headrace_checkpoint.errors import (
     InputError,
     InternalError,
     ManifestInvalid,
-    StorageError,
     TransientError,
 )
 from headrace_checkpoint.manifest import (
@@ -197,7 +196,7 @@ def test_reading_a_directory(tmp_path):
         read_manifest(tmp_path / "absent")
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").mkdir()
-    with pytest.raises(StorageError):
+    with pytest.raises(ManifestInvalid, match="must be a regular file"):
         read_manifest(tmp_path)
 
 

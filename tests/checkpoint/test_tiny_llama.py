@@ -21,7 +21,7 @@ def test_command_line(make_model, tmp_path):
     script = REPOSITORY / "examples" / "tiny_llama.py"
     command = [sys.executable, script, tmp_path / "made", "--layers", "1", "--tied"]
     subprocess.run([*command, "--vocab-size", "300"], check=True)
-    expected = make_model("expected", layers=1, tied=True, vocab_size=300)
+    expected = make_model("expected", layers=1, tied=True, vocab_size=300, hidden_size=320)
     assert contents(tmp_path / "made") == contents(expected)
 
 

@@ -19,7 +19,7 @@ LOADER = imagebuild.IMAGES["headrace-loader"].reference
 IDLE_ENGINE = {"image": LOADER, "command": ["python3", "-c", "import time; time.sleep(3600)"]}
 REAL_ENGINE = {
     "image": ENGINE,
-    "args": ["--max-model-len=512", "--enforce-eager", "--block-size=16"],
+    "args": ["--max-model-len=512", "--enforce-eager"],
     "env": [
         {"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"},
         {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "0-1"},

@@ -28,7 +28,6 @@ def main() -> None:
         tensor_parallel_size=options.tensor_parallel_size,
         max_model_len=512,
         enforce_eager=True,
-        block_size=16,
     )
     sampling = SamplingParams(temperature=0, max_tokens=options.tokens)
     answer = engine.generate([options.prompt], sampling)[0].outputs[0]
