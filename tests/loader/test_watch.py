@@ -75,11 +75,18 @@ def test_nobody_there() -> None:
     assert "Traceback" not in out.stderr
 
 
+def heed_interrupts() -> None:
+    """A shell lets what it runs in the background ignore them, the tests included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_watching_ends_on_ctrl_c() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         command = [*HEADRACE, "load", "--watch", url]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        ) as process:
             server.accept()[0].close()  # it watches
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=30)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from headrace_operator.cluster.kinds import GROUP_SET, SERVICE
+from headrace_operator.cluster.kinds import GROUP_SET, SERVICE, Kind
 from localkube import Cluster
 from localkube.pki import Authority
 from localkube.sources import source
@@ -23,6 +23,7 @@ PREFIX = "leaderworkerset.sigs.k8s.io"
 LOCAL = "127.0.0.1"
 PARTS = ("group", "worker")
 ALL = ("0/0", "0/1", "1/0", "1/1")
+STATEFUL_SET = Kind("StatefulSet", "apps", "v1", "statefulsets")
 
 
 def configured(port: int, directory: Path) -> Path:
@@ -110,13 +111,26 @@ class Groups:
         """Wait until the pods, by group and index within it, satisfy `check`."""
 
         def pods() -> dict[str, Any] | None:
+            pods = self.world.pods("serve", self.name)
             found = {
                 "/".join(pod["metadata"]["labels"][f"{PREFIX}/{part}-index"] for part in PARTS): pod
-                for pod in self.world.pods("serve", self.name)
+                for pod in pods
+                if not self._is_left_over(pod, pods)
             }
             return found if check(found) else None
 
         return dict(self.eventually(pods, what))
+
+    def _is_left_over(self, pod: Any, pods: list[Any]) -> bool:
+        """Whether it is a worker that the StatefulSet of an earlier leader made before it went."""
+        (owner,) = pod["metadata"]["ownerReferences"]
+        if pod["metadata"]["labels"][f"{PREFIX}/worker-index"] == "0":
+            return False
+        made_by = self.world.kube.get(STATEFUL_SET, owner["name"], self.world.namespace)
+        if made_by is None or made_by["metadata"]["uid"] != owner["uid"]:
+            return True
+        leaders = {pod["metadata"]["uid"] for pod in pods}
+        return not leaders & {of["uid"] for of in made_by["metadata"]["ownerReferences"]}
 
     def serve(self, pods: dict[str, Any], *places: str) -> None:
         for place in places:
