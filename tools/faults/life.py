@@ -220,6 +220,20 @@ def connect(proxy: Proxy, token: str) -> ApiClient:
     return ApiClient(configuration)
 
 
+async def end(*tasks: asyncio.Task[Any]) -> list[Any]:
+    """Cancel tasks until they have ended, and return what became of them.
+
+    A cancellation that meets the end of a wait with a time limit can be lost (asyncio.wait_for
+    before Python 3.12, in libraries); a process that is killed has no such choice.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=1)
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @dataclass
 class Operator:
     """The operator of one namespace, in this event loop, behind a proxy."""
@@ -259,9 +273,7 @@ class Operator:
         """End without another request; what it knew is lost."""
         self.proxy.is_dead = True
         self.proxy.cut()
-        for task in self._tasks:
-            task.cancel()
-        results = await asyncio.gather(*self._tasks, return_exceptions=True)
+        results = await end(*self._tasks)
         self._tasks = []
         if self._client is not None:
             await self._client.close()  # type: ignore[no-untyped-call]
@@ -283,9 +295,7 @@ class Operator:
             except ApiError:
                 await asyncio.sleep(0.1)  # the process would end and be started again
             finally:
-                starting.cancel()
-                dying.cancel()
-                await asyncio.gather(starting, dying, return_exceptions=True)
+                await end(starting, dying)
             await self.kill()
 
     def die(self, *_: object) -> bool:
