@@ -45,7 +45,7 @@ ARCHITECTURES = frozenset(
         "Qwen3MoeForCausalLM",
     }
 )
-"""Those whose tensors in a checkpoint are SGLang's own, bit for bit: tests/engine/test_sglang.py.
+"""Those whose tensors in a checkpoint are SGLang's own, bit for bit: tests/sglang/test_sglang.py.
 
 A tensor of equal shape whose rows are in another order cannot be told otherwise.
 """

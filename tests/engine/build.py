@@ -10,9 +10,9 @@ the marker FOUND: an error, or what the model is made of.
 import json
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
+from mapped import is_shared
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
@@ -34,16 +34,6 @@ class LargestAllocation(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and not result.is_meta and not is_shared(result):
             self.nbytes = max(self.nbytes, result.untyped_storage().nbytes())
         return result
-
-
-def is_shared(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in the loader's memory."""
-    address = tensor.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
-        if begin <= address < end:
-            return "memfd:headrace" in line
-    return False
 
 
 def build(job: dict) -> dict:

@@ -1,33 +1,14 @@
 """What needs a real GPU: `pytest -m gpu`. Without one these tests are skipped and say why."""
 
 import ctypes
-import importlib.util
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
-
-
-def _module(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_engine_tests = _module(HERE.parent / "engine/conftest.py", "engine_tests_conftest")
-start_loader = _engine_tests.start_loader
-make_model = _engine_tests.make_model
-make_checkpoint = _engine_tests.make_checkpoint
 
 
 def _missing() -> str | None:
@@ -59,9 +40,11 @@ def used_mib() -> Callable[[], int]:
 
 
 @pytest.fixture
-def start_engine(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def start_engine(
+    load_module: Callable[[Path], Any], tmp_path: Path
+) -> Iterator[Callable[..., Any]]:
     """Start engines: a script of this directory and its arguments; all end with the test."""
-    module = _module(HERE / "engine_process.py", "engine_process")
+    module = load_module(HERE / "engine_process.py")
     started: list[Any] = []
 
     def start(script: str, *arguments: object, **environment: str) -> Any:

