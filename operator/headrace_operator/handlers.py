@@ -72,7 +72,8 @@ def _registry(
 def _observer(store: Store, queue: WorkQueue[Key]) -> Callable[..., Awaitable[None]]:
     async def observe(event: kopf.RawEvent, **_: object) -> None:
         body: Any = event["object"]
-        for key in store.observe(MODEL_DEPLOYMENT, body, gone=event["type"] == "DELETED"):
+        gone, listed = event["type"] == "DELETED", event["type"] is None
+        for key in store.observe(MODEL_DEPLOYMENT, body, gone=gone, listed=listed):
             queue.add(key)
 
     return observe

@@ -155,6 +155,8 @@ def test_a_deleted_resource_takes_its_checkpoint_along(build: SimpleNamespace) -
     (container,) = job["spec"]["template"]["spec"]["containers"]
     path = checkpoint_path(build.spec_of(resource))
     assert container["command"] == ["headrace", "delete", f"/mnt/weights/{path}"]
+    # a quota refuses pods without
+    assert all({"cpu", "memory"} == set(container["resources"][k]) for k in ("requests", "limits"))
     assert job["spec"]["activeDeadlineSeconds"] == 900
     job["metadata"]["uid"] = "uid-reclaim"
     result = build.plan(resource, replace(alone, jobs=(*alone.jobs, job)))

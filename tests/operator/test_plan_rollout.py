@@ -398,6 +398,9 @@ def test_what_the_nodes_cannot_run_is_refused(
     assert conditions["WeightsResident"]["reason"] == reason
     assert fragment in conditions["WeightsResident"]["message"]
     assert conditions["Stalled"]["status"] == "True"
+    # Nothing tells that the cluster has changed; that the spec has, an event does.
+    is_of_cluster = bool(fields)
+    assert build.plan(resource, world).requeue_seconds == (5.0 if is_of_cluster else None)
     assert build.plan(resource, world).apply == ()
 
 

@@ -211,6 +211,10 @@ def test_zero_replicas_are_ready_once_the_checkpoint_is(build: SimpleNamespace) 
     conditions = build.conditions(resource, sharding)
     expect(conditions["Available"], "False", "WaitingForWeights")
     expect(conditions["Ready"], "False", "ShardJobStarting")
+    going = {"replicas": 2, "updatedReplicas": 2, "readyReplicas": 2}
+    scaling = build.world(resource, deployment=build.deployment(resource, **going))
+    ready = build.conditions(resource, scaling)["Ready"]
+    expect(ready, "False", "RollingOut", "2 replicas still exist, spec.replicas is 0")
     done = build.world(resource, deployment=build.deployment(resource))
     conditions = build.conditions(resource, done)
     for kind in ("WeightsResident", "Available", "Ready"):

@@ -41,6 +41,17 @@ def test_events_and_writes_are_kept_by_version() -> None:
     assert versions(store) == {}
 
 
+def test_a_watch_that_lists_first_tells_only_what_is_new() -> None:
+    store = Store([JOB])
+    store.replace(JOB, Listing([job("a", 5)], 9))
+    store.replace(JOB, Listing([job("a", 5)], 9))
+    assert store.is_behind(JOB)
+    assert store.observe(JOB, job("a", 5), gone=False, listed=True) == set()
+    assert not store.is_behind(JOB)
+    assert store.observe(JOB, job("a", 6), gone=False, listed=True) == {OWNER}
+    assert store.observe(JOB, job("a", 6), gone=False) == {OWNER}  # the event of an own write
+
+
 def test_an_object_follows_its_label() -> None:
     store = Store([JOB])
     store.observe(JOB, job("a", 1), gone=False)

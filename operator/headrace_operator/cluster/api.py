@@ -5,13 +5,13 @@ the fields it owns, which a typed object cannot say.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import aiohttp
 from kubernetes.aio.client import ApiClient
+from pydantic_core import from_json, to_json
 
 from headrace_operator import errors
 from headrace_operator.cluster.kinds import Kind, kind_named
@@ -272,7 +272,7 @@ class Api:
 
 def _decode(what: str, content: bytes) -> Object:
     try:
-        decoded: Object = json.loads(content)
+        decoded: Object = from_json(content)
     except ValueError as error:
         raise errors.Unavailable(f"{what}: the answer is no JSON: {error}") from error
     return decoded
@@ -282,7 +282,7 @@ def _change(what: str, line: bytes) -> Change:
     event = _decode(what, line)
     kind, body = text(event, "type"), event.get("object") or {}
     if kind == "ERROR":
-        raise _error(what, integer(body, "code"), json.dumps(body).encode(), "")
+        raise _error(what, integer(body, "code"), to_json(body), "")
     version = text(body, "metadata", "resourceVersion")
     return Change(version, None if kind == "BOOKMARK" else body, gone=kind == "DELETED")
 
@@ -290,7 +290,7 @@ def _change(what: str, line: bytes) -> Change:
 def _error(what: str, status: int, content: bytes, retry_after: str) -> errors.ApiError:
     """Map an answer of the API server to an error; its message is for users, so it is kept."""
     try:
-        body = json.loads(content)
+        body = from_json(content)
     except ValueError:
         body = None
     is_status = isinstance(body, dict) and body.get("kind") == "Status"

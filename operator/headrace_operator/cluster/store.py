@@ -5,13 +5,15 @@ the newest resource version wins. A listing also removes what is gone: a watch t
 start over does not tell which objects disappeared meanwhile.
 
 Objects are kept as compressed JSON, a twentieth of what they take as dictionaries, and
-unpacked by those who look: few look at the same time, but all are kept.
+unpacked by those who look: few look at the same time, but all are kept. pydantic's JSON is
+compiled and takes half the time of the standard library's.
 """
 
-import json
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
+
+from pydantic_core import from_json, to_json
 
 from headrace_operator.cluster.api import Listing, Object
 from headrace_operator.cluster.kinds import CLAIM, MODEL_DEPLOYMENT, Kind
@@ -34,11 +36,19 @@ class Store:
         self._users: dict[Key, set[Key]] = {}
         self._used: dict[Key, frozenset[Key]] = {}
 
-    def observe(self, kind: Kind, body: Object, *, gone: bool) -> set[Key]:
-        """Take over a watch event; return the ModelDeployments it is about."""
+    def observe(self, kind: Kind, body: Object, *, gone: bool, listed: bool = False) -> set[Key]:
+        """Take over a watch event; return the ModelDeployments it is about.
+
+        Args:
+            listed: the watch began, or went on after a break, with a listing: what is known
+                from elsewhere has been told of.
+        """
         table = self._tables[kind]
         table.watched_version = max(table.watched_version, _version(body))
-        table.remove(body) if gone else table.put(body)
+        if gone:
+            table.remove(body)
+        elif not table.put(body) and listed:
+            return set()
         return self._concerned(kind, body)
 
     def watch_from(self, kind: Kind, version: int) -> None:
@@ -151,12 +161,12 @@ class _Entry(NamedTuple):
 def _pack(body: Object) -> _Entry:
     # Field ownership is as large as the object and of no use here.
     metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}
-    data = json.dumps({**body, "metadata": metadata}, separators=(",", ":"))
-    return _Entry(_version(body), _owner(body), zlib.compress(data.encode(), 1))
+    data = to_json({**body, "metadata": metadata})
+    return _Entry(_version(body), _owner(body), zlib.compress(data, 1))
 
 
 def _unpack(entry: _Entry) -> Object:
-    body: Object = json.loads(zlib.decompress(entry.data))
+    body: Object = from_json(zlib.decompress(entry.data))
     return body
 
 

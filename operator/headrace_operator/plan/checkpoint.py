@@ -190,15 +190,14 @@ def _lost(
     completed = parse_time(text(job, "status", "completionTime"))
     found = []
     for pod in observed.pods:
-        if not _is_reader(spec, claim, pod):
-            continue
         for status in items(pod, "status", "initContainerStatuses"):
             for field in ("state", "lastState"):
                 state = mapping(status, field, "terminated")
                 ended, started = termination_of(state), parse_time(text(state, "startedAt"))
                 if ended is None or started is None or completed is None:
                     continue
-                if ended.reason == CHECKPOINT_MISSING and started > completed:
+                is_missing = ended.reason == CHECKPOINT_MISSING and started > completed
+                if is_missing and _is_reader(spec, claim, pod):
                     found.append(started)
     return min(found, default=None)
 

@@ -52,6 +52,7 @@ from headrace_operator.plan.serving import (
     available,
     direct_path,
     failures,
+    is_lasting,
     may_be_direct,
     pods_rejected,
     refusal,
@@ -245,19 +246,30 @@ def _ready(
         return of_failure(failure)
     if halted is not None:
         return halted
-    ready = integer(observed.deployment, "status", "readyReplicas")
-    counts = f"{_updated(observed, workload)} of {spec.replicas} replicas are new"
-    message = f"{counts}, {ready} of {spec.replicas} answer requests"
-    return pods_rejected(observed) or waiting("RollingOut", message)
+    return pods_rejected(observed) or waiting("RollingOut", _stand(spec, observed, workload))
+
+
+def _stand(spec: ModelDeploymentSpec, observed: Observed, workload: Workload) -> str:
+    """Say how far replicas are that are as few or as many as specified."""
+    existing, ready = (
+        integer(observed.deployment, "status", count) for count in ("replicas", "readyReplicas")
+    )
+    if not spec.replicas:
+        return f"{existing} replicas still exist, spec.replicas is 0"
+    return f"{_counts(spec, observed, workload)}, {ready} of {spec.replicas} answer requests"
+
+
+def _counts(spec: ModelDeploymentSpec, observed: Observed, workload: Workload) -> str:
+    return f"{_updated(observed, workload)} of {spec.replicas} replicas are new"
 
 
 def _halted(spec: ModelDeploymentSpec, observed: Observed, workload: Workload) -> Draft | None:
     """Say what keeps old replicas from being replaced, if anything does."""
     if observed.deployment is None:
         return None
-    updated = _updated(observed, workload)
-    counts = f"{updated} of {spec.replicas} replicas are new"
-    is_over = workload.is_current and updated >= integer(observed.deployment, "status", "replicas")
+    counts = _counts(spec, observed, workload)
+    existing = integer(observed.deployment, "status", "replicas")
+    is_over = workload.is_current and _updated(observed, workload) >= existing
     if spec.rollout.paused and not is_over:
         return waiting("RolloutPaused", f"{counts}; set spec.rollout.paused to false to go on")
     if workload.canary is not None:
@@ -405,7 +417,9 @@ def _requeue_seconds(
         _RECHECK_SECONDS if rejection.reason == NAME_CONFLICT else _RETRY_SECONDS
         for rejection in observed.rejections
     ]
-    if not drafts[ConditionType.VOLUME_READY].holds or refusal(spec, observed) is not None:
+    refused = refusal(spec, observed)
+    may_pass = refused is not None and not is_lasting(spec, refused)
+    if may_pass or not drafts[ConditionType.VOLUME_READY].holds:
         waits.append(_RECHECK_SECONDS)
     reasons = {draft.reason for draft in drafts.values()}
     if not reasons.isdisjoint(_STANDING):

@@ -47,7 +47,13 @@ DEADLINE_SECONDS = 15 * 60
 GIVE_UP_SECONDS = 2 * DEADLINE_SECONDS
 """After which a deleted ModelDeployment goes even if its checkpoint stays: a pod on a node that
 is lost, or a Job that is never admitted, must not hold it for ever."""
-_KEPT_SECONDS = 3600  # a Job that nobody waits for any more has no owner to go with
+# A Job that nobody waits for any more has no owner to go with. Its records have to go first, also
+# when the operator comes back from a long weekend: they would pass for checkpoints.
+_KEPT_SECONDS = 7 * 24 * 3600
+_RESOURCES = {
+    "requests": {"cpu": "100m", "memory": "128Mi"},
+    "limits": {"cpu": "1", "memory": "512Mi"},
+}
 _ORPHAN = "orphan"  # the garbage collector's finalizer: the children are to stay and to serve
 
 
@@ -191,6 +197,8 @@ def _name(owner: Object, claim: str, paths: list[str]) -> str:
 def _job(
     owner: Object, spec: ModelDeploymentSpec, claim: str, settings: Settings, paths: list[str]
 ) -> dict[str, Any]:
+    pod = volume_pod(spec, claim, settings, RECLAIM, "delete", *_on_volume(paths))
+    pod["containers"][0]["resources"] = _RESOURCES
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -206,10 +214,7 @@ def _job(
             "backoffLimit": BACKOFF_LIMIT,
             "activeDeadlineSeconds": DEADLINE_SECONDS,
             "ttlSecondsAfterFinished": _KEPT_SECONDS,
-            "template": {
-                "metadata": {"labels": labels(owner, RECLAIM)},
-                "spec": volume_pod(spec, claim, settings, RECLAIM, "delete", *_on_volume(paths)),
-            },
+            "template": {"metadata": {"labels": labels(owner, RECLAIM)}, "spec": pod},
         },
     }
 

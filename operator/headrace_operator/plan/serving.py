@@ -85,6 +85,12 @@ def refusal(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
     return _refused_gpus(spec, observed) or _refused_preset(spec)
 
 
+def is_lasting(spec: ModelDeploymentSpec, refused: Draft) -> bool:
+    """Whether only the spec can change a refusal: a preset says what its nodes have."""
+    by_preset = ("NodeTooSmall", "PartialNodeWithoutDRA")
+    return spec.gpu.preset is not None and refused.reason in by_preset
+
+
 def _refused_gpus(spec: ModelDeploymentSpec, observed: Observed) -> Draft | None:
     if spec.gpu.sharing == "ResourceClaim" and observed.dra_served is False:
         return problem(

@@ -1,5 +1,6 @@
 """headrace-node labels its own node, and the chart's policy lets it change nothing else."""
 
+import itertools
 import json
 import ssl
 import urllib.error
@@ -131,16 +132,21 @@ def test_the_policy_and_the_labels(
     facts = gather(Host(tmp_path, lambda _: Outcome(127, "")))
     found = labels(facts)
 
-    # A policy is enforced a moment after it is made.
+    # A policy is enforced a moment after it is made. A change made before is no change when it
+    # is asked for again, and allowed: each attempt asks for another one.
+    attempts = itertools.count()
+
     def is_enforced() -> bool:
-        return change(account, node, {"metadata": {"labels": {"team": "x"}}}) == 422
+        wanted = {"team": f"x{next(attempts)}"}
+        return change(account, node, {"metadata": {"labels": wanted}}) == 422
 
     eventually(is_enforced, "the policy to be enforced")
+    kube.patch(NODE, node, None, {"metadata": {"labels": {"team": None}}})
     publish(account, node, facts)
     shown = kube.get(NODE, node)["metadata"]["labels"]
     assert {name: shown[name] for name in found} == found
     assert found["headrace.dev/gds"] == "unsupported"
-    assert "team" not in shown
+    assert change(account, node, {"metadata": {"labels": {"team": "x"}}}) == 422
     assert change(account, node, {"spec": {"unschedulable": True}}) == 422
     assert change(account, node, {"metadata": {"annotations": {"a": "b"}}}) == 422
     assert change(account, node, {"metadata": {"labels": {"kubernetes.io/hostname": None}}}) == 422
