@@ -190,9 +190,9 @@ class Executor:
         """Return the live object; one without our label is in no watch but may have the name."""
         namespace = text(body, "metadata", "namespace") or None
         if kind in WATCHED:
-            for child in self._store.children(kind, key_of(resource)):
-                if name_of(child) == name_of(body):
-                    return child
+            child = self._store.child(kind, key_of(resource), name_of(body))
+            if child is not None:
+                return child
         try:
             return await self._api.get(kind, name_of(body), namespace)
         except NotFound:
@@ -258,9 +258,11 @@ def _mark(body: Mapping[str, Any], live: Object) -> tuple[str, str]:
 
 def _holds(desired: object, live: object) -> bool:
     """Whether a live value has everything of a desired one; lists are compared as a whole."""
+    if desired == live:
+        return True
     if isinstance(desired, (dict, Mapping)) and isinstance(live, (dict, Mapping)):
         return all(key in live and _holds(value, live[key]) for key, value in desired.items())
     if isinstance(desired, list) and isinstance(live, list):
         same_length = len(desired) == len(live)
         return same_length and all(map(_holds, desired, live))
-    return desired == live
+    return False

@@ -125,6 +125,11 @@ class Store:
         table = self._tables[kind]
         return (_unpack(table.entries[key]) for key in sorted(table.by_owner.get(owner, ())))
 
+    def child(self, kind: Kind, owner: Key, name: str) -> Object | None:
+        """Return the object of a name that carries the label of a ModelDeployment."""
+        entry = self._tables[kind].entries.get(Key(owner.namespace, name))
+        return _unpack(entry) if entry is not None and entry.owner == owner else None
+
     def _concerned(self, kind: Kind, body: Object) -> set[Key]:
         """Return the ModelDeployments that an object is, belongs to by its label, or serves."""
         key = key_of(body)

@@ -20,7 +20,7 @@ MAX_MESSAGE = 1024
 def at(value: object, *path: str) -> object:
     """Return the value at a path of keys, or None."""
     for key in path:
-        if not isinstance(value, _MAPPING):
+        if value is None or not isinstance(value, _MAPPING):
             return None
         value = value.get(key)
     return value
