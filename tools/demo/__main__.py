@@ -6,13 +6,12 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import imagebuild
-from localkube import Cluster, LocalkubeError, binaries, prerequisites
+from localkube import Cluster, binaries, prerequisites
 from workspace.errors import ToolError
 from workspace.paths import ROOT
 from workspace.steps import Steps
@@ -22,6 +21,7 @@ from .coldstart import cold_start
 from .completion import Completion, complete
 from .diagnose import diagnose
 from .observe import Model, wait_for
+from .once import run
 from .reference import PlainAnswer
 from .timeline import gantt
 
@@ -146,19 +146,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster = Cluster(ROOT / ".cache" / "demo")
     demo = Demo(cluster, ROOT / ".cache" / "demo-volume")
-    try:
-        if not options.down:
-            demo.run()
-    except (ToolError, LocalkubeError, subprocess.TimeoutExpired) as error:
-        print(f"\n{diagnose(cluster)}\n\nfailed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    finally:
-        if not options.keep:
-            demo.tear_down()
-    return 0
+    return run(
+        (lambda: None) if options.down else demo.run,
+        (lambda: None) if options.keep else demo.tear_down,
+        lambda: f"\n{diagnose(cluster)}\n",
+    )
 
 
 if __name__ == "__main__":

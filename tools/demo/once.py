@@ -1,4 +1,4 @@
-"""A run on a cluster of its own that leaves nothing behind."""
+"""A run that ends with an exit code, and one on a cluster of its own that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -20,15 +20,29 @@ def on_a_cluster(name: str, body: Callable[[Cluster, Path], None]) -> int:
     """Call `body` with a cluster that is not up and a directory; return the exit code."""
     root = ROOT / ".cache" / name
     cluster = Cluster(root / "cluster")
-    try:
-        body(cluster, root)
-    except (ToolError, LocalkubeError, subprocess.TimeoutExpired) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
+
+    def tear_down() -> None:
         cluster.down()
         shutil.rmtree(root, ignore_errors=True)
+
+    return run(lambda: body(cluster, root), tear_down)
+
+
+def run(
+    body: Callable[[], None], tear_down: Callable[[], None], explain: Callable[[], str] = str
+) -> int:
+    """Call `body` and, whatever happens, `tear_down`; return the exit code.
+
+    `explain` is asked, before anything is torn down, what to print above a failure.
+    """
+    try:
+        body()
+    except (ToolError, LocalkubeError, subprocess.TimeoutExpired) as error:
+        print(f"{explain()}\nfailed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    finally:
+        tear_down()
     return 0
