@@ -1,7 +1,10 @@
-"""A work queue of keys: each key once, one worker at a time per key, backoff per key."""
+"""A work queue of keys: each key once, one worker at a time per key, backoff per key.
+
+What events tell of comes before what is only looked at again.
+"""
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
@@ -9,6 +12,7 @@ K = TypeVar("K", bound=Hashable)
 
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 60.0
+_TURN = 8  # every so many keys one is of the background, however much there is beside it
 
 
 class WorkQueue(Generic[K]):
@@ -20,8 +24,9 @@ class WorkQueue(Generic[K]):
     """
 
     def __init__(self) -> None:
-        self._ready: deque[K] = deque()
-        self._waiting: set[K] = set()
+        self._ready: OrderedDict[K, None] = OrderedDict()
+        self._background: OrderedDict[K, None] = OrderedDict()
+        self._turn = 0
         self._working: set[K] = set()
         self._again: set[K] = set()
         self._timers: dict[K, asyncio.TimerHandle] = {}
@@ -31,16 +36,24 @@ class WorkQueue(Generic[K]):
 
     def __len__(self) -> int:
         """Return how many keys are ready to be worked on."""
-        return len(self._ready)
+        return len(self._ready) + len(self._background)
 
-    def add(self, key: K) -> None:
-        """Make a key ready, now."""
+    def add(self, key: K, *, background: bool = False) -> None:
+        """Make a key ready, now.
+
+        Args:
+            background: nothing is known to have changed, so those of which something is come
+                first: with thousands of keys, a user would wait for all of them.
+        """
         self._cancel_timer(key)
         if key in self._working:
             self._again.add(key)
-        elif key not in self._waiting:
-            self._waiting.add(key)
-            self._ready.append(key)
+        elif key not in self._ready:
+            if background:
+                self._background[key] = None
+            else:
+                self._background.pop(key, None)
+                self._ready[key] = None
             self._changed.set()
 
     def add_later(self, key: K, seconds: float) -> None:
@@ -57,13 +70,16 @@ class WorkQueue(Generic[K]):
 
     async def get(self) -> K | None:
         """Wait for a key and take it; `done` or `failed` has to follow. None after the end."""
-        while not self._ready and not self._is_shut_down:
+        while not len(self) and not self._is_shut_down:
             self._changed.clear()
             await self._changed.wait()
         if self._is_shut_down:
             return None
-        key = self._ready.popleft()
-        self._waiting.remove(key)
+        self._turn = (self._turn + 1) % _TURN
+        first, second = self._ready, self._background
+        if self._turn == 0:
+            first, second = second, first
+        key, _ = (first or second).popitem(last=False)
         self._working.add(key)
         return key
 

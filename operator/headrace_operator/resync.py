@@ -1,6 +1,7 @@
 """The resync: complete listings that repair the store, wake every object and test the watches."""
 
 import asyncio
+import functools
 import logging
 import time
 
@@ -92,10 +93,11 @@ class Resync:
 
     async def list_all(self) -> None:
         """List all kinds into the store and enqueue every ModelDeployment. Raises ApiError."""
+        add = functools.partial(self._queue.add, background=True)
         for informer in self.informers:
-            await informer.list()
+            await informer.list(add)
         for key in self._store.resources():
-            self._queue.add(key)
+            add(key)
 
     def _test_watches(self) -> None:
         for kind in WATCHED:

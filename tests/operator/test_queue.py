@@ -104,6 +104,24 @@ async def test_work_that_began_from_an_old_state_is_done_again_once_the_new_one_
     queue.shut_down()
 
 
+async def test_events_come_before_the_background_which_gets_its_turn() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for n in range(20):
+        queue.add(f"old {n}", background=True)
+    for n in range(20):
+        queue.add(f"new {n}")
+    queue.add("old 19")  # something is known of it now
+    queue.add("new 0", background=True)  # which takes nothing back
+    assert len(queue) == 40
+    order = [await queue.get() for _ in range(40)]
+    assert [key for key in order[:23] if key is not None and key.startswith("old")] == [
+        *("old 0", "old 1"),
+        "old 19",
+    ]
+    assert len(set(order)) == 40
+    assert len(queue) == 0
+
+
 async def test_shut_down_lets_everyone_go() -> None:
     queue: WorkQueue[str] = WorkQueue()
     waiting = asyncio.create_task(queue.get())

@@ -13,6 +13,7 @@ from headrace_operator.cluster.api import Change, Listing
 from headrace_operator.cluster.informer import Informer
 from headrace_operator.cluster.kinds import CLAIM, JOB, MODEL_DEPLOYMENT
 from headrace_operator.cluster.store import Key, Store
+from headrace_operator.errors import Unavailable
 
 OWNER = Key("ns", "tiny")
 
@@ -108,7 +109,7 @@ def test_a_watch_owes_only_what_changed_after_its_beginning(changed: int, behind
             """Deliver nothing; what listings show changes meanwhile, or does not."""
             listing[:] = [job("a", changed)]
             for _ in range(2):
-                await informer.list()
+                await informer.list(lambda _: None)
             raise asyncio.CancelledError
             yield
 
@@ -116,6 +117,20 @@ def test_a_watch_owes_only_what_changed_after_its_beginning(changed: int, behind
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(informer.run(None))
     assert store.is_behind(JOB) is behind
+
+
+async def test_what_a_page_has_changed_is_told_even_if_the_next_is_refused() -> None:
+    told: list[Key] = []
+
+    class Api:
+        async def pages(self, *_: Any, **__: Any) -> AsyncIterator[Listing]:
+            yield Listing([job("a", 4)], 10)
+            raise Unavailable("no more pages")
+
+    informer = Informer(Api(), Store([JOB]), JOB, (None,), "", lambda _: None)  # type: ignore[arg-type]
+    with pytest.raises(Unavailable):
+        await informer.list(told.append)
+    assert told == [OWNER]
 
 
 EVENTS = st.lists(

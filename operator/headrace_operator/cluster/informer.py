@@ -33,7 +33,8 @@ _logger = logging.getLogger(__name__)
 class Informer:
     """Keeps the store in step with the API server for one kind, and tells who is concerned.
 
-    Call `list` before `run`: it fills the store and gives the version to watch from.
+    Call `list` before `run`: it fills the store and gives the version to watch from. `notify` is
+    told of what the watch finds.
     """
 
     api: Api
@@ -45,11 +46,11 @@ class Informer:
     beat: Callable[[str], None] = lambda _: None
     _versions: dict[str | None, str] = field(default_factory=dict)
 
-    async def list(self) -> None:
-        """Take over a complete listing. Raises ApiError."""
+    async def list(self, notify: Callable[[Key], None]) -> None:
+        """Take over a complete listing; `notify` is told whose objects changed. Raises ApiError."""
         for attempt in range(1, _LISTINGS + 1):
             try:
-                await self._list()
+                await self._list(notify)
             except KindNotServed:
                 if self.kind is MODEL_DEPLOYMENT:
                     raise
@@ -60,20 +61,20 @@ class Informer:
             else:
                 return
 
-    async def _list(self) -> None:
+    async def _list(self, notify: Callable[[Key], None]) -> None:
         listed: set[Key] = set()
-        changed: set[Key] = set()
         newest, versions = 0, dict[str | None, int]()
         for namespace in self.namespaces:
             pages = self.api.pages(self.kind, namespace, label_selector=self.selector)
             async for page in pages:
-                changed |= self.store.take(self.kind, page.objects)
+                # At once: once more is not told, should a later page be refused.
+                for key in self.store.take(self.kind, page.objects):
+                    notify(key)
                 listed.update(map(key_of, page.objects))
                 newest, versions[namespace] = max(newest, page.newest), page.resource_version
         # Of several listings the earliest decides what is gone: the others saw more.
-        changed |= self.store.finish(self.kind, listed, min(versions.values()), newest)
-        for key in changed:
-            self.notify(key)
+        for key in self.store.finish(self.kind, listed, min(versions.values()), newest):
+            notify(key)
         self._versions = {namespace: str(version) for namespace, version in versions.items()}
 
     async def run(self, namespace: str | None) -> None:
@@ -99,7 +100,7 @@ class Informer:
 
     async def _watch(self, namespace: str | None) -> None:
         if namespace not in self._versions:
-            await self.list()
+            await self.list(self.notify)
         if namespace not in self._versions:
             raise KindNotServed(self.kind.plural)
         version = self._versions[namespace]
