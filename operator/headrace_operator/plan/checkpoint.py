@@ -188,13 +188,15 @@ def _lost(
 ) -> datetime | None:
     """Return when a loader that started after the Job's end did not find the checkpoint."""
     completed = parse_time(text(job, "status", "completionTime"))
+    if completed is None:
+        return None
     found = []
     for pod in observed.pods:
         for status in items(pod, "status", "initContainerStatuses"):
             for field in ("state", "lastState"):
                 state = mapping(status, field, "terminated")
                 ended, started = termination_of(state), parse_time(text(state, "startedAt"))
-                if ended is None or started is None or completed is None:
+                if ended is None or started is None:
                     continue
                 is_missing = ended.reason == CHECKPOINT_MISSING and started > completed
                 if is_missing and _is_reader(spec, claim, pod):

@@ -250,12 +250,11 @@ def _ready(
 
 
 def _stand(spec: ModelDeploymentSpec, observed: Observed, workload: Workload) -> str:
-    """Say how far replicas are that are as few or as many as specified."""
-    existing, ready = (
-        integer(observed.deployment, "status", count) for count in ("replicas", "readyReplicas")
-    )
+    """Say how far the replicas are from what the spec says."""
     if not spec.replicas:
+        existing = integer(observed.deployment, "status", "replicas")
         return f"{existing} replicas still exist, spec.replicas is 0"
+    ready = integer(observed.deployment, "status", "readyReplicas")
     return f"{_counts(spec, observed, workload)}, {ready} of {spec.replicas} answer requests"
 
 
