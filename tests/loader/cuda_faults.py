@@ -70,8 +70,8 @@ class RefusingDirectFile(MockedDirectFile):
 def calls() -> list[str]:
     """Names of the driver's functions that a load calls."""
     functions = {name: value for name, value in vars(driver).items() if name not in UNUSED}
-    names = (getattr(value, "__name__", "") for value in functions.values())
-    return sorted({name for name in names if name.startswith("cu")})
+    names = {getattr(value, "__name__", "") for value in functions.values()}
+    return sorted(name for name in names.union(native.CALLS) if name.startswith("cu"))
 
 
 def load(checkpoint: Path, policy: PathPolicy) -> str:

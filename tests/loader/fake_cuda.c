@@ -16,7 +16,7 @@ enum { INVALID = 1, NOT_READY = 600, PAGE = 2 << 20 };
 struct work {
   struct work *next;
   u64 to, from, size, chunk_words, chunks;
-  enum { COPY, CLEAR, DIGEST } kind;
+  enum { COPY, CLEAR, DIGEST, WAIT } kind;
 };
 struct stream { struct work *first, **last; u64 queued, done; };
 struct event { struct stream *stream; u64 at; int asked; };
@@ -45,7 +45,10 @@ static u64 splitmix64(u64 i) {
   return z ^ z >> 31;
 }
 
+static void advance(struct stream *stream, u64 until);
+
 static void perform(const struct work *work) {
+  if (work->kind == WAIT) advance((struct stream *)work->from, work->size);
   if (work->kind == COPY) memcpy((void *)work->to, (void *)work->from, work->size);
   if (work->kind == CLEAR) memset((void *)work->to, 0, work->size);
   if (work->kind != DIGEST) return;
@@ -190,6 +193,12 @@ int cuEventRecord(struct event *event, struct stream *stream) {
   IN_CONTEXT();
   *event = (struct event){stream, stream->queued, 0};
   return 0;
+}
+int cuStreamWaitEvent(struct stream *stream, struct event *event, unsigned flags) {
+  IN_CONTEXT();
+  if (flags) return INVALID;
+  if (!event->stream) return 0;
+  return queue(stream, (struct work){.kind = WAIT, .from = (u64)event->stream, .size = event->at});
 }
 int cuEventQuery(struct event *event) {
   IN_CONTEXT();

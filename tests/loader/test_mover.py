@@ -14,11 +14,13 @@ from headrace_loader.cuda import native
 
 PIECE = 8192
 SOURCE = Path(native.__file__).with_name("mover.c")
-CONTEXT, KERNEL, STREAM, DIGESTS = 11, 12, 13, 1 << 20
+SLOT = 4 * PIECE
+CONTEXT, KERNEL, COPIES, DIGESTING, DIGESTS = 11, 12, 13, 14, 1 << 20
 INT, ADDRESS, WORDS = ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)
 USE = ctypes.CFUNCTYPE(INT, ADDRESS)
 QUERY = ctypes.CFUNCTYPE(INT, ADDRESS)
 RECORD = ctypes.CFUNCTYPE(INT, ADDRESS, ADDRESS)
+WAIT = ctypes.CFUNCTYPE(INT, ADDRESS, ADDRESS, ctypes.c_uint)
 COPY = ctypes.CFUNCTYPE(INT, ctypes.c_uint64, ADDRESS, ctypes.c_size_t, ADDRESS)
 LAUNCH = ctypes.CFUNCTYPE(
     INT, ADDRESS, *[ctypes.c_uint] * 7, ADDRESS, ctypes.POINTER(WORDS), ADDRESS
@@ -39,9 +41,9 @@ def mover(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class FakeDriver:
     """Events that are ready at the second question; copies at once, into host memory."""
 
-    def __init__(self, lanes: int = 1, *, failing: str = "", fails_at: int = 1) -> None:
+    def __init__(self, slots: int = 2, *, failing: str = "", fails_at: int = 1) -> None:
         self.asked: list[int] = []
-        self.recorded: list[int] = []
+        self.did: list[tuple[str, int]] = []
         self.launched: list[tuple[int, ...]] = []
         self.contexts: list[int] = []
         self._failing, self._left = failing, fails_at
@@ -49,20 +51,15 @@ class FakeDriver:
             USE(self._use),
             QUERY(self._query),
             RECORD(self._record),
+            WAIT(self._wait),
             COPY(self._copy),
             LAUNCH(self._launch),
         )
-        self._buffers = [
-            [ctypes.create_string_buffer(b"\xff" * PIECE, PIECE) for _ in range(2)]
-            for _ in range(lanes)
-        ]
+        self._buffers = [ctypes.create_string_buffer(b"\xff" * SLOT, SLOT) for _ in range(slots)]
         self.calls = [ctypes.cast(one, ADDRESS) for one in self._functions]
-        self.lanes = (native.Lane * lanes)()
-        for number, (lane, buffers) in enumerate(zip(self.lanes, self._buffers, strict=True)):
-            lane.stream = STREAM
-            for slot, buffer in enumerate(buffers):
-                lane.buffer[slot] = ctypes.addressof(buffer)
-                lane.event[slot] = 2 * number + slot + 1
+        self.slots = (native.Slot * slots)(
+            *((ctypes.addressof(buffer), n + 1) for n, buffer in enumerate(self._buffers))
+        )
 
     def _answer(self, call: str) -> int:
         if call == self._failing:
@@ -78,17 +75,25 @@ class FakeDriver:
         return 600 if self.asked.count(event) % 2 else self._answer("query")
 
     def _record(self, event: int, stream: int) -> int:
-        assert stream == STREAM
-        self.recorded.append(event)
+        assert stream == COPIES
+        self.did.append(("record", event))
         return self._answer("record")
 
-    def _copy(self, pointer: int, source: int, size: int, _stream: int) -> int:
+    def _wait(self, stream: int, event: int, flags: int) -> int:
+        assert (stream, flags) == (DIGESTING, 0)
+        self.did.append(("wait", event))
+        return self._answer("wait")
+
+    def _copy(self, pointer: int, source: int, size: int, stream: int) -> int:
+        assert stream == COPIES
         ctypes.memmove(pointer, source, size)
+        self.did.append(("copy", size))
         return self._answer("copy")
 
     def _launch(self, kernel: int, x: int, y: int, z: int, threads: int, *rest: Any) -> int:
         arguments = rest[-2]
         values = (arguments[n].contents.value for n in range(4))
+        self.did.append(("launch", y))
         self.launched.append((kernel, x, y, z, threads, *rest[:4], *values))
         return self._answer("launch")
 
@@ -97,7 +102,14 @@ class Moved:
     """What came of moving `sizes` bytes of a file, one run each, from `offset` on."""
 
     def __init__(
-        self, mover: Any, path: Path, driver: FakeDriver, sizes: tuple[int, ...], offset: int
+        self,
+        mover: Any,
+        path: Path,
+        driver: FakeDriver,
+        sizes: tuple[int, ...],
+        offset: int,
+        threads: int,
+        first: int,
     ) -> None:
         self.begins = [sum(sizes[:n]) + 64 * n for n in range(len(sizes))]
         total = sum(sizes) + 64 * len(sizes)
@@ -115,13 +127,18 @@ class Moved:
             *driver.calls,
             CONTEXT,
             KERNEL,
+            COPIES,
+            DIGESTING,
             self.runs,
-            driver.lanes,
+            driver.slots,
             run_count=len(sizes),
-            lane_count=len(driver.lanes),
-            piece=PIECE,
+            slot_count=len(driver.slots),
+            thread_count=threads,
+            slot_bytes=SLOT,
+            piece_bytes=PIECE,
             blocks=16,
             threads=256,
+            next_bytes=first,
         )
         mover(self.load)
         os.close(descriptor)
@@ -134,14 +151,21 @@ Move = Callable[..., Moved]
 
 @pytest.fixture
 def move(mover: Any, tmp_path: Path) -> Move:
-    def moved(driver: FakeDriver, content: bytes, *sizes: int, offset: int = 0) -> Moved:
+    def moved(
+        driver: FakeDriver,
+        content: bytes,
+        *sizes: int,
+        offset: int = 0,
+        threads: int = 1,
+        first: int = SLOT,
+    ) -> Moved:
         (tmp_path / "file").write_bytes(content)
-        return Moved(mover, tmp_path / "file", driver, sizes, offset)
+        return Moved(mover, tmp_path / "file", driver, sizes, offset, threads, first)
 
     return moved
 
 
-@pytest.mark.parametrize("size", [1, 8, PIECE, PIECE + 3, 5 * PIECE + 4093])
+@pytest.mark.parametrize("size", [1, 8, PIECE, PIECE + 3, SLOT, 3 * SLOT + 4093])
 def test_all_bytes_arrive_padded_with_zeros_to_whole_words(move: Move, size: int) -> None:
     content, driver = os.urandom(4096 + size), FakeDriver()
     moved = move(driver, content, size, offset=4096)
@@ -152,30 +176,45 @@ def test_all_bytes_arrive_padded_with_zeros_to_whole_words(move: Move, size: int
     assert moved.target[padded:] == b"\xee" * (size + 64 - padded)  # nothing beyond
 
 
-def test_buffers_take_turns_and_each_is_waited_for(move: Move) -> None:
+def test_slots_take_turns_and_each_is_waited_for(move: Move) -> None:
     driver = FakeDriver()
-    move(driver, os.urandom(3 * PIECE), 3 * PIECE)
-    assert driver.recorded == [1, 2, 1]
+    move(driver, os.urandom(3 * SLOT), 3 * SLOT)
+    assert [event for what, event in driver.did if what == "record"] == [1, 2, 1]
     assert driver.asked == [1, 1, 2, 2, 1, 1]
 
 
-def test_digests_are_queued_behind_each_run(move: Move) -> None:
+def test_blocks_grow_to_the_size_of_a_slot(move: Move) -> None:
     driver = FakeDriver()
-    moved = move(driver, os.urandom(20000), 12288, 4097)
+    move(driver, os.urandom(2 * SLOT), 2 * SLOT, first=PIECE)
+    sizes = [size for what, size in driver.did if what == "copy"]
+    assert sizes == [PIECE, 2 * PIECE, SLOT, PIECE]
+
+
+def test_digests_are_queued_behind_the_copies_of_each_run(move: Move) -> None:
+    driver = FakeDriver()
+    moved = move(driver, os.urandom(SLOT + 12288 + 4097), SLOT + 12288, 4097)
     places = [run.pointer for run in moved.runs]
+    words, chunks = (SLOT + 12288) // 8, SLOT // 4096 + 3
     assert driver.launched == [
-        (KERNEL, 16, 3, 1, 256, 1, 1, 0, STREAM, places[0], 1536, 512, DIGESTS),
-        (KERNEL, 16, 2, 1, 256, 1, 1, 0, STREAM, places[1], 513, 512, DIGESTS + 1),
+        (KERNEL, 16, chunks, 1, 256, 1, 1, 0, DIGESTING, places[0], words, 512, DIGESTS),
+        (KERNEL, 16, 2, 1, 256, 1, 1, 0, DIGESTING, places[1], 513, 512, DIGESTS + 1),
+    ]
+    assert driver.did == [
+        *(("copy", SLOT), ("record", 1), ("copy", 12288), ("record", 2)),
+        *(("wait", 2), ("launch", chunks)),
+        *(("copy", 4104), ("record", 1), ("wait", 1), ("launch", 2)),
     ]
 
 
-def test_lanes_share_the_runs(move: Move) -> None:
-    content, driver = os.urandom(64 * PIECE), FakeDriver(lanes=4)
-    moved = move(driver, content, *[PIECE] * 64)
-    assert moved.done == [1] * 64
+@pytest.mark.parametrize("slots", [1, 3])
+def test_threads_share_the_blocks(move: Move, slots: int) -> None:
+    content, driver = os.urandom(64 * PIECE + 16 * SLOT), FakeDriver(slots)
+    sizes = (*[PIECE] * 64, 16 * SLOT)
+    moved = move(driver, content, *sizes, threads=4, first=PIECE)
+    assert (moved.done, moved.load.moved) == ([1] * 65, len(content))
     assert driver.contexts == [CONTEXT] * 4
-    for n, begin in enumerate(moved.begins):
-        assert moved.target[begin : begin + PIECE] == content[n * PIECE : (n + 1) * PIECE]
+    for n, (begin, size) in enumerate(zip(moved.begins, sizes, strict=True)):
+        assert moved.target[begin : begin + size] == content[n * PIECE :][:size]
 
 
 def test_a_file_that_ends_early_is_told(move: Move) -> None:
@@ -183,13 +222,13 @@ def test_a_file_that_ends_early_is_told(move: Move) -> None:
     assert (moved.done, moved.load.failed, moved.load.moved) == ([1, 0], 1, PIECE)
 
 
-@pytest.mark.parametrize("call", ["use", "query", "record", "copy", "launch"])
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("call", ["use", "query", "record", "copy", "wait", "launch"])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_a_failed_call_ends_all_and_leaves_the_rest_undone(
-    move: Move, call: str, lanes: int
+    move: Move, call: str, threads: int
 ) -> None:
-    driver = FakeDriver(lanes, failing=call, fails_at=2 if call != "use" else 1)
-    moved = move(driver, os.urandom(64 * PIECE), *[PIECE] * 64)
+    driver = FakeDriver(failing=call, fails_at=2 if call != "use" else 1)
+    moved = move(driver, os.urandom(64 * PIECE), *[PIECE] * 64, threads=threads)
     assert moved.load.failed == 1
     assert moved.done.count(0) > 32
     assert moved.load.moved == moved.done.count(1) * PIECE

@@ -5,10 +5,11 @@ when `gds.probe` finds all it needs. Otherwise the data is staged through host m
 I/O, or from the page cache when the file is there already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 from headrace_checkpoint.manifest import MULTILINEAR64
 from headrace_loader.backends import (
@@ -23,10 +24,10 @@ from headrace_loader.backends import (
 from headrace_loader.backends.parallel import run_parallel
 from headrace_loader.backends.reading import ALIGNMENT, PartFile, staged
 from headrace_loader.cuda import gds, native
-from headrace_loader.cuda.compiled import CompiledLoad
+from headrace_loader.cuda.compiled import CompiledLoad, Ring
 from headrace_loader.cuda.digester import Digester
 from headrace_loader.cuda.driver import Allocation, CudaError, Device, HostBuffer
-from headrace_loader.cuda.lanes import DirectLane, Lane, StagedLane, pinned_bytes, staged_lanes
+from headrace_loader.cuda.lanes import DirectLane, Lane, pinned_bytes, staged_lanes
 from headrace_loader.cuda.opening import opening
 from headrace_loader.cuda.runs import Run, cut
 from headrace_loader.errors import (
@@ -115,11 +116,16 @@ class CudaBackend:
             expected = _digests(sources)
             digester = Digester(len(expected))
             pointers = [_pointer(region) for region, _ in transfers]
-            lanes, report = self._lanes(files, pointers[0])
-            runs = list(cut(files, pointers, len(lanes)))
-            begin = self._staged(lanes, runs, digester, pointers[0], progress)
+            direct, report = self._path(files, pointers[0])
+            runs = list(cut(files, pointers, self._options.read_threads))
+            lanes: Sequence[Lane] = ()
+            move = None if direct else self._compiled(runs, digester, pointers[0], progress)
+            if move is None or not all(file.buffered_reason for file in files):
+                lanes = self._lanes(direct, pointers[0], digester)
             progress.path(report)
-            if left := begin():
+            left = runs if move is None else move()
+            if left:
+                lanes = lanes or self._lanes(direct, pointers[0], digester)
                 run_parallel(left, [self._mover(lane, digester, progress) for lane in lanes])
             for lane in lanes:
                 lane.stream.synchronize()
@@ -130,22 +136,20 @@ class CudaBackend:
             progress.verified(source.nbytes)
         digester.close()
 
-    def _staged(
-        self,
-        lanes: Sequence[Lane],
-        runs: list[Run],
-        digester: Digester,
-        pointer: int,
-        progress: Progress,
-    ) -> Callable[[], list[Run]]:
-        """Prepare what moves runs by compiled code; it returns those it leaves to the rest."""
-        staged = [lane for lane in lanes if isinstance(lane, StagedLane)]
-        for lane in staged:
-            lane.warm(pointer, digester)
+    def _compiled(
+        self, runs: list[Run], digester: Digester, pointer: int, progress: Progress
+    ) -> Callable[[], list[Run]] | None:
+        """Prepare what moves runs by compiled code and returns those it leaves; None without it.
+
+        It takes what is in the page cache.
+        """
         mover = native.mover()
-        if mover is None or not staged:
-            return lambda: runs
-        load = CompiledLoad(self._device, digester, staged, runs, progress.read)
+        if mover is None or not any(run.file.buffered_reason for run in runs):
+            return None
+        ring = Ring(self._buffers)
+        ring.warm(pointer, digester)
+        threads = self._options.read_threads
+        load = CompiledLoad(self._device.context, digester, ring, threads, runs, progress.read)
         return lambda: load.move(mover)
 
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:
@@ -156,10 +160,13 @@ class CudaBackend:
 
         return move
 
-    def _lanes(self, files: Sequence[PartFile], pointer: int) -> tuple[Sequence[Lane], PathReport]:
-        """Choose how the bytes travel; opening the files tells whether cuFile takes them.
+    def _path(
+        self, files: Sequence[PartFile], pointer: int
+    ) -> tuple[dict[Path, gds.DirectFile], PathReport]:
+        """Choose how the bytes travel; returns files opened for cuFile, none if not by it.
 
-        It may take them and refuse to read, so it reads the first block of the first one.
+        Opening them tells whether cuFile takes them. It may take them and refuse to read, so it
+        reads the first block of the first one.
         """
         direct = self._direct
         if direct.available:
@@ -172,14 +179,23 @@ class CudaBackend:
                     raise DirectPathUnavailable(f"--path Require: {error}") from None
                 direct = gds.Probe(False, "FileSystemUnsupported", str(error))
             else:
-                threads = self._options.read_threads
-                report = PathReport("GPUDirect", "", True, "", "")
-                return [DirectLane(opened) for _ in range(threads)], report
+                return opened, PathReport("GPUDirect", "", True, "", "")
         self._buffers.pin()
         report = staged(files, direct.reason, direct.message)
         if report.reason and native.mover() is None:
             report = replace(report, reason=f"{report.reason}; {_NO_MOVER}")
-        return staged_lanes(self._buffers), report
+        return {}, report
+
+    def _lanes(
+        self, direct: Mapping[Path, gds.DirectFile], pointer: int, digester: Digester
+    ) -> Sequence[Lane]:
+        """Return ways for threads of Python, ready to be used."""
+        if direct:
+            return [DirectLane(direct) for _ in range(self._options.read_threads)]
+        lanes = staged_lanes(self._buffers)
+        for lane in lanes:
+            lane.warm(pointer, digester)
+        return lanes
 
 
 def _pointer(region: Region) -> int:

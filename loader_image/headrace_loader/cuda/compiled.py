@@ -7,20 +7,55 @@ from typing import TYPE_CHECKING, Any
 
 from headrace_loader.cuda import driver, native
 from headrace_loader.cuda.digester import BLOCKS_PER_CHUNK, THREADS
-from headrace_loader.cuda.runs import PIECE_BYTES, Run
+from headrace_loader.cuda.runs import WORD, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from headrace_loader.cuda.digester import Digester
-    from headrace_loader.cuda.driver import Device
-    from headrace_loader.cuda.lanes import StagedLane
 
+SLOTS = 4
+"""Blocks in pinned memory at a time: one is being copied, others are being filled."""
+SLOT_BYTES = 8 * 1024 * 1024
+"""Bytes of the largest blocks. With more in all slots the caches lose them before the copy."""
+FIRST_BYTES = 2 * 1024 * 1024
+"""Bytes of the first block; each is twice the one before."""
+PIECE_BYTES = 512 * 1024
+"""Bytes that one thread reads at once."""
 _REPORT_SECONDS = 0.02
 
 
+class Ring:
+    """Slots in pinned memory that all threads fill together, and the streams behind them."""
+
+    def __init__(self, pinned: driver.HostBuffer) -> None:
+        self._pinned = pinned  # it has to live
+        self.slot_bytes = min(SLOT_BYTES, pinned.size // SLOTS // WORD * WORD)
+        self.copies, self.digests = driver.Stream(), driver.Stream()
+        self._events = [driver.Event() for _ in range(SLOTS)]
+
+    def warm(self, pointer: int, digester: Digester) -> None:
+        """Use the streams, with what comes to `pointer` later: the first time takes longer."""
+        self.copies.copy_to_device(pointer, self._pinned.address, WORD)
+        digester.warm(self.digests, pointer)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until everything queued is done."""
+        self.copies.synchronize()
+        self.digests.synchronize()
+
+    def native(self) -> Any:  # noqa: ANN401 - an array, which has no type without its length
+        """Return the slots as compiled code sees them; this object has to live as long."""
+        slots = (native.Slot * SLOTS)()
+        for n, event in enumerate(self._events):
+            slots[n].buffer = self._pinned.address + n * self.slot_bytes
+            slots[n].event = event.handle
+        return slots
+
+
 class CompiledLoad:
-    """Runs, ready to be moved by `lanes`; `moved` is told of bytes while they come.
+    """Runs, ready to be moved through `ring`; `moved` is told of bytes while they come.
 
     All that can be done before the first byte is done here. Direct reads are left out: storage
     is slower than the interpreter.
@@ -28,24 +63,45 @@ class CompiledLoad:
 
     def __init__(
         self,
-        device: Device,
+        context: int,
         digester: Digester,
-        lanes: Sequence[StagedLane],
+        ring: Ring,
+        threads: int,
         runs: Sequence[Run],
         moved: Callable[[int], None],
     ) -> None:
         self._all = runs
         self._taken = [run for run in runs if run.file.buffered_reason]
-        self._lanes = lanes  # their buffers have to live
+        self._ring = ring
         self._moved = moved
-        self._load = _structure(device, digester, lanes, self._taken)
+        self._load = native.Load(
+            *map(driver.address, native.CALLS),
+            context,
+            digester.kernel,
+            ring.copies.handle,
+            ring.digests.handle,
+            (native.Run * len(self._taken))(*(_run(run, digester) for run in self._taken)),
+            ring.native(),
+            run_count=len(self._taken),
+            slot_count=SLOTS,
+            thread_count=threads,
+            slot_bytes=ring.slot_bytes,
+            piece_bytes=PIECE_BYTES,
+            blocks=BLOCKS_PER_CHUNK,
+            threads=THREADS,
+            next_bytes=min(FIRST_BYTES, ring.slot_bytes),
+        )
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell, daemon=True)
         self._teller.start()
 
     def move(self, mover: Any) -> list[Run]:  # noqa: ANN401 - as native.mover
-        """Move them; returns those left over, where something failed or reads are direct."""
+        """Move them; returns those left over, where something failed or reads are direct.
+
+        What was queued is done then: nothing reads the pinned memory any more.
+        """
         mover(self._load)
+        self._ring.synchronize()
         self._ended.set()
         self._teller.join()
         done = {run for n, run in enumerate(self._taken) if self._load.runs[n].done}
@@ -60,23 +116,6 @@ class CompiledLoad:
                 self._moved(new)
 
 
-def _structure(
-    device: Device, digester: Digester, lanes: Sequence[StagedLane], runs: Sequence[Run]
-) -> native.Load:
-    return native.Load(
-        *map(driver.address, native.CALLS),
-        device.context,
-        digester.kernel,
-        (native.Run * len(runs))(*(_run(run, digester) for run in runs)),
-        (native.Lane * len(lanes))(*(lane.native() for lane in lanes)),
-        run_count=len(runs),
-        lane_count=len(lanes),
-        piece=PIECE_BYTES,
-        blocks=BLOCKS_PER_CHUNK,
-        threads=THREADS,
-    )
-
-
 def _run(run: Run, digester: Digester) -> native.Run:
     source = run.file.source
     return native.Run(
@@ -85,5 +124,5 @@ def _run(run: Run, digester: Digester) -> native.Run:
         run.pointer,
         source.chunk_bytes,
         digester.place(run.index),
-        run.file.fileno(),
+        file=run.file.fileno(),
     )

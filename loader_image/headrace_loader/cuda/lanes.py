@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from headrace_loader.cuda import native
 from headrace_loader.cuda.driver import Event, HostBuffer, Stream
 from headrace_loader.cuda.runs import PIECE_BYTES, WORD, Run, padded
 
@@ -63,13 +62,6 @@ class StagedLane:
             self.stream.copy_to_device(pointer, address, padded(size))
             copied.record(self.stream)
             moved(size)
-
-    def native(self) -> native.Lane:
-        """Return it as compiled code sees it; this object has to live as long."""
-        lane = native.Lane(self.stream.handle)
-        for slot, (address, _, event) in enumerate(self._buffers):
-            lane.buffer[slot], lane.event[slot] = address, event.handle
-        return lane
 
 
 class DirectLane:

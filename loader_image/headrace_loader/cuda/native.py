@@ -12,11 +12,11 @@ CALLS = (
     "cuCtxSetCurrent",
     "cuEventQuery",
     "cuEventRecord",
+    "cuStreamWaitEvent",
     "cuMemcpyHtoDAsync_v2",
     "cuLaunchKernel",
 )
 """The driver's functions that it is handed, in the order of Load's first fields."""
-_BUFFERS = 2
 
 
 class Run(ctypes.Structure):
@@ -28,18 +28,22 @@ class Run(ctypes.Structure):
         ("pointer", c_uint64),
         ("chunk_bytes", c_uint64),
         ("digests", c_uint64),
+        ("left", c_uint64),
         ("file", c_int32),
         ("done", c_int32),
     )
 
 
-class Lane(ctypes.Structure):
-    """struct lane of mover.c; keep alive what it points to."""
+class Slot(ctypes.Structure):
+    """struct slot of mover.c: pinned memory for a block; keep alive what it points to."""
 
     _fields_ = (
-        ("stream", c_void_p),
-        ("buffer", c_void_p * _BUFFERS),
-        ("event", c_void_p * _BUFFERS),
+        ("buffer", c_void_p),
+        ("event", c_void_p),
+        ("run", POINTER(Run)),
+        ("begin", c_uint64),
+        ("size", c_uint64),
+        ("left", c_uint64),
     )
 
 
@@ -50,21 +54,30 @@ class Load(ctypes.Structure):
         ("context_use", c_void_p),
         ("event_query", c_void_p),
         ("event_record", c_void_p),
+        ("stream_wait", c_void_p),
         ("copy_to_device", c_void_p),
         ("launch", c_void_p),
         ("context", c_void_p),
         ("kernel", c_void_p),
+        ("copies", c_void_p),
+        ("digests", c_void_p),
         ("runs", POINTER(Run)),
-        ("lanes", POINTER(Lane)),
+        ("slots", POINTER(Slot)),
         ("run_count", c_uint64),
-        ("lane_count", c_uint64),
-        ("piece", c_uint64),
+        ("slot_count", c_uint64),
+        ("thread_count", c_uint64),
+        ("slot_bytes", c_uint64),
+        ("piece_bytes", c_uint64),
         ("blocks", c_uint64),
         ("threads", c_uint64),
-        ("next_run", c_uint64),
-        ("next_lane", c_uint64),
+        ("locked", c_uint64),
         ("moved", c_uint64),
         ("failed", c_uint64),
+        ("next_run", c_uint64),
+        ("next_begin", c_uint64),
+        ("next_bytes", c_uint64),
+        ("opened", c_uint64),
+        ("taken", c_uint64),
     )
 
 
