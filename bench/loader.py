@@ -10,7 +10,9 @@ drop the file from the page cache before each load. Numbers are in GiB/s:
 - headrace: bytes by the time from the begin of reading to resident and verified;
 - limit: copies from pinned memory (cuda), or reads from the page cache to a buffer (host);
 - overhead_s: from process start to resident, without that time;
-- ready_s: from process start to Ready, when the workers are gone, too.
+- ready_s: from process start to Ready, when the workers are gone, too;
+- attach_ms: from connecting to mapped regions, without torch; engine_attach_ms by
+  headrace_engine.attach(); all_tensors_ms: then asking it for every tensor.
 
 The last line of the output is JSON; null stands for what this machine cannot measure.
 """
@@ -30,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -40,12 +41,11 @@ from typing import TYPE_CHECKING, Any
 from checkpoint import large_tensors, moe_tensors, write_checkpoint
 from headrace_handover import attach
 from peers import PEERS
+from targets import GIB, drop_cache, engine_attach_ms, fio_rate, open_target, read_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-GIB = 1 << 30
-PIECE = 4 << 20
 HERE = Path(__file__).parent
 BEGAN = time.monotonic()
 MARGIN = GIB  # bytes of storage to leave free
@@ -97,139 +97,6 @@ class Point(dict[str, Series]):
         return about | {"ratio_vs_limit": ratio} | series
 
 
-class HostTarget:
-    """Memory of this machine; the limit is reading the same files into fixed buffers."""
-
-    name = "host"
-    device = "host"
-    peer_device = "cpu"
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-
-    def attach_ms(self, path: Path) -> float:
-        begin = time.perf_counter()
-        attach(path, rank=0, device=self.device, timeout=60).close()
-        return (time.perf_counter() - begin) * 1000
-
-    def limit(self, directory: Path) -> float:
-        return read_rate(directory, self._threads, direct=False)
-
-    def pinned_bytes(self) -> int:
-        return 0
-
-
-class CudaTarget:
-    """One GPU."""
-
-    name = "cuda"
-    peer_device = "cuda:0"
-
-    def __init__(self, threads: int) -> None:
-        import gpu
-        from headrace_loader.cuda.driver import Device
-
-        self._threads = threads
-        self._gpu = gpu
-        self._device = Device()
-        self.device = self._device.uuid
-        self._link = gpu.Link(self._device)
-
-    def attach_ms(self, path: Path) -> float:
-        """Connect, receive the descriptors and map all regions read-only."""
-        free = self._device.free_bytes()
-        begin = time.perf_counter()
-        with attach(path, rank=0, device=self.device, timeout=60) as weights:
-            mapped = [
-                self._gpu.map_read_only(self._device, item.descriptor, item.region.nbytes)
-                for item in weights.regions
-            ]
-            elapsed = time.perf_counter() - begin
-            if (taken := free - self._device.free_bytes()) > 64 << 20:
-                raise SystemExit(f"attaching took {taken} bytes of GPU memory: must be none")
-            for allocation in mapped:
-                allocation.release()
-        return elapsed * 1000
-
-    def limit(self, directory: Path) -> float:
-        nbytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-        return float(self._link.rate(nbytes))
-
-    def pinned_bytes(self) -> int:
-        from headrace_loader.cuda.lanes import pinned_bytes
-
-        return pinned_bytes(self._threads)
-
-
-def open_target(name: str | None, threads: int) -> HostTarget | CudaTarget:
-    if name == "host":
-        return HostTarget(threads)
-    try:
-        return CudaTarget(threads)
-    except Exception as error:  # noqa: BLE001 - whatever keeps this GPU from working
-        if name == "cuda":
-            raise SystemExit(f"--backend cuda: {error}; use --backend host") from None
-        say(f"no GPU here ({error}): backend host")
-        return HostTarget(threads)
-
-
-def read_rate(directory: Path, threads: int, *, direct: bool) -> float:
-    """GiB/s of `threads` threads that read all parts in order into a buffer each."""
-    import mmap
-
-    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
-    files = [os.open(path, flags) for path in sorted(directory.glob("*.safetensors"))]
-    sizes = [os.fstat(file).st_size for file in files]
-    work = iter(
-        [(f, offset) for f, n in zip(files, sizes, strict=True) for offset in range(0, n, PIECE)]
-    )
-    lock = threading.Lock()
-
-    def read() -> None:
-        buffer = mmap.mmap(-1, PIECE)
-        while True:
-            with lock:
-                item = next(work, None)
-            if item is None:
-                return
-            os.preadv(item[0], [buffer], item[1])
-
-    running = [threading.Thread(target=read) for _ in range(threads)]
-    begin = time.perf_counter()
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    elapsed = time.perf_counter() - begin
-    for file in files:
-        os.close(file)
-    return sum(sizes) / GIB / elapsed
-
-
-def fio_rate(directory: Path, threads: int) -> float:
-    """GiB/s of fio's sequential O_DIRECT read of all parts, with as many reads under way."""
-    total, seconds = 0, 0.0
-    for path in sorted(directory.glob("*.safetensors")):
-        share = path.stat().st_size // threads // PIECE * PIECE or path.stat().st_size
-        command = [
-            *("fio", "--name=cold", f"--filename={path}", "--rw=read", "--direct=1", "--thread"),
-            *("--bs=4M", "--ioengine=psync", f"--numjobs={threads}", f"--size={share}"),
-            *(f"--offset_increment={share}", "--group_reporting", "--output-format=json"),
-        ]
-        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-        read = json.loads(out.stdout[out.stdout.index("{") :])["jobs"][0]["read"]
-        total += read["io_bytes"]
-        seconds += read["runtime"] / 1000
-    return total / GIB / seconds
-
-
-def drop_cache(directory: Path) -> None:
-    for path in directory.glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -259,6 +126,7 @@ def load_once(point: Point, prefix: str, directory: Path, plan: Plan) -> None:
         while (status := status_of(port))["phase"] == "Loading":
             time.sleep(0.01)
         attach_ms = target.attach_ms(path)
+        engine_ms = None if prefix else engine_attach_ms(path, target.peer_device)
     except Exception as error:
         process.kill()
         raise SystemExit(f"the loader failed: {error}\n{log.read_text()}") from error
@@ -277,6 +145,9 @@ def load_once(point: Point, prefix: str, directory: Path, plan: Plan) -> None:
     point.add(prefix + "cpu_s", usage.ru_utime + usage.ru_stime)
     if not prefix:
         point.add("attach_ms", attach_ms)
+    if engine_ms:
+        point.add("engine_attach_ms", engine_ms[0])
+        point.add("all_tensors_ms", engine_ms[1])
 
 
 class Peer:

@@ -73,7 +73,7 @@ def _attach(settings: Settings, rank: int, device: torch.device, logger: logging
     logger.info(
         "headrace: attached rank=%d tensors=%d bytes=%d seconds=%.3f mapping_seconds=%.4f",
         rank,
-        len(weights.tensors),
+        len(weights),
         weights.nbytes,
         time.monotonic() - began,
         weights.seconds,

@@ -58,7 +58,7 @@ class HeadraceModelLoader(BaseModelLoader):
         _check_features(vllm_config, model_config)
         weights = self._weights(vllm_config)
         check_checkpoint(model_config.model, weights, _LOG)
-        _tie_again(model_config, weights.tensors)
+        _tie_again(model_config, weights)
         device = self._device(vllm_config)
         with set_default_torch_dtype(model_config.dtype):
             with device, WeightsOnMeta():
@@ -67,7 +67,7 @@ class HeadraceModelLoader(BaseModelLoader):
                 )
             fill(
                 model,
-                weights.tensors,
+                weights,
                 weights.copies,
                 lambda: process_weights_after_loading(model, model_config, device),
                 device=device,

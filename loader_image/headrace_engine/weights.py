@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from headrace_engine.cuda_mapping import CudaMapping
 from headrace_engine.dtypes import TORCH_DTYPES
 from headrace_engine.errors import Unsupported, WeightsMismatch
 from headrace_engine.mapping import HostMapping
-from headrace_handover import Attachment, Loading, MappableRegion, Tensor
+from headrace_handover import Attachment, Loading, MappableRegion, TensorGroup
 from headrace_handover import attach as hand_over
 
 DEFAULT_SOCKET = Path("/run/headrace/handover/handover.sock")
@@ -35,27 +35,77 @@ class PrivateCopy:
     reason: str
 
 
-@dataclass(slots=True, eq=False)
+class _Views:
+    """Tensors of one group, each made when it is asked for: making one takes some 5 us."""
+
+    def __init__(self, octets: torch.Tensor, group: TensorGroup) -> None:
+        self._storage, self._shape, self._nbytes = (
+            octets.untyped_storage(),
+            group.shape,
+            group.nbytes,
+        )
+        self._dtype = _dtype(group)
+        self._offsets = dict(zip(group.names, group.offsets, strict=True))
+        address = octets.data_ptr()
+        self.unaligned = {
+            name
+            for name, offset in self._offsets.items()
+            if (address + offset) % ALIGNMENT and group.nbytes
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor with a storage of exactly its size; a copy if it is not aligned."""
+        offset = self._offsets[name]
+        part = self._storage[offset : offset + self._nbytes]
+        if name in self.unaligned:
+            part = part.clone()
+        empty = torch.empty(0, dtype=self._dtype, device=part.device)
+        return empty.set_(part, 0, self._shape)
+
+    def copies(self) -> list[PrivateCopy]:
+        """Name the tensors that are copies."""
+        reason = f"not aligned to {ALIGNMENT} bytes"
+        return [
+            PrivateCopy(name, self._nbytes, reason)
+            for name in self._offsets
+            if name in self.unaligned
+        ]
+
+
 class Weights(Mapping[str, torch.Tensor]):
     """Tensors by name; all but `copies` are read-only views of the loader's memory.
 
-    The attachment is held: its connection is the lease on the weights. `seconds` is what mapping
-    and making the tensors took.
+    A tensor is made when it is first asked for, and is the same object ever after. The attachment
+    is held: its connection is the lease on the weights. `seconds` is what mapping them took.
     """
 
-    attachment: Attachment
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
-    copies: list[PrivateCopy] = field(default_factory=list)
+    def __init__(self, attachment: Attachment, place: torch.device) -> None:
+        began = time.monotonic()
+        self.attachment = attachment
+        self.copies: list[PrivateCopy] = []
+        self._views: dict[str, _Views] = {}
+        self._made: dict[str, torch.Tensor] = {}
+        for item in attachment.regions:
+            octets = _mapping(item, place).octets()
+            for group in item.region.groups:
+                views = _Views(octets, group)
+                self.copies += views.copies()
+                self._views |= dict.fromkeys(group.names, views)
+        self.seconds = time.monotonic() - began
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+        if name not in self._made:
+            self._made.setdefault(name, self._views[name][name])
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._views
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+        return iter(self._views)
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self._views)
 
     @property
     def checkpoint(self) -> str:
@@ -70,7 +120,8 @@ class Weights(Mapping[str, torch.Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        groups = (group for item in self.attachment.regions for group in item.region.groups)
+        return sum(group.nbytes * len(group.names) for group in groups)
 
 
 def attach(
@@ -94,19 +145,11 @@ def attach(
     place = _place(device)
     name = _memory_name(place)
     attachment = hand_over(path, rank=rank, device=name, timeout=timeout, on_progress=on_progress)
-    began = time.monotonic()
     try:
-        weights = Weights(attachment)
-        for item in attachment.regions:
-            octets = _mapping(item, place).octets()
-            storage, address = octets.untyped_storage(), octets.data_ptr()
-            for entry in item.region.tensors:
-                _add(weights, entry, storage, address)
+        return Weights(attachment, place)
     except BaseException:
         attachment.close()
         raise
-    weights.seconds = time.monotonic() - began
-    return weights
 
 
 def _place(device: torch.device | str) -> torch.device:
@@ -142,17 +185,13 @@ def _mapping(item: MappableRegion, place: torch.device) -> HostMapping | CudaMap
     return HostMapping(item) if place.type == "cpu" else CudaMapping(item, place.index)
 
 
-def _add(weights: Weights, entry: Tensor, storage: torch.UntypedStorage, address: int) -> None:
-    dtype = TORCH_DTYPES.get(entry.dtype)
-    if dtype is None or entry.nbytes != dtype.itemsize * math.prod(entry.shape):
+def _dtype(group: TensorGroup) -> torch.dtype:
+    """Return torch's element type of a group; raises WeightsMismatch naming a tensor of it."""
+    dtype = TORCH_DTYPES.get(group.dtype)
+    if dtype is None or group.nbytes != dtype.itemsize * math.prod(group.shape):
         raise WeightsMismatch(
-            f"{entry.name}: {entry.nbytes} bytes of {entry.dtype} {list(entry.shape)}: sizes that "
-            "do not fit, or an element type this engine's torch does not have"
+            f"{', '.join(group.names[:1])}: {group.nbytes} bytes of {group.dtype} "
+            f"{list(group.shape)}: sizes that do not fit, or an element type this engine's torch "
+            "does not have"
         )
-    part = storage[entry.offset : entry.offset + entry.nbytes]
-    if entry.nbytes and (address + entry.offset) % ALIGNMENT:
-        part = part.clone()
-        reason = f"not aligned to {ALIGNMENT} bytes"
-        weights.copies.append(PrivateCopy(entry.name, entry.nbytes, reason))
-    empty = torch.empty(0, dtype=dtype, device=storage.device)
-    weights.tensors[entry.name] = empty.set_(part, 0, entry.shape)
+    return dtype

@@ -10,7 +10,7 @@ from headrace_handover.errors import (
     ProtocolViolation,
     Refused,
 )
-from headrace_handover.messages import Loading, Ready, Region, Request, Tensor
+from headrace_handover.messages import Loading, Ready, Region, Request, Tensor, TensorGroup
 
 __all__ = [
     "AttachTimeout",
@@ -27,5 +27,6 @@ __all__ = [
     "Region",
     "Request",
     "Tensor",
+    "TensorGroup",
     "attach",
 ]

@@ -5,10 +5,8 @@ implementations.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from operator import add, itemgetter
 from typing import Any, NamedTuple
 
 from headrace_handover.errors import ProtocolViolation
@@ -26,8 +24,6 @@ _MAX_RANK = 2**16 - 1
 _MAX_TEXT = 4096
 _MAX_DTYPE = 32
 _MAX_DIMENSIONS = 64
-_FIELDS = itemgetter("name", "dtype", "shape", "offset", "bytes")
-_SHAPE = itemgetter("shape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +82,29 @@ class Tensor(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Tensors that differ in name and offset alone; there may be tens of thousands."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    names: list[str]
+    offsets: list[int]
+
+
+def grouped(tensors: Iterable[Tensor]) -> tuple[TensorGroup, ...]:
+    """Return tensors as groups, in the order of each group's first."""
+    groups: dict[tuple[object, ...], TensorGroup] = {}
+    for name, dtype, shape, offset, nbytes in tensors:
+        kind = (dtype, shape, nbytes)
+        if kind not in groups:
+            groups[kind] = TensorGroup(dtype, shape, nbytes, [], [])
+        groups[kind].names.append(name)
+        groups[kind].offsets.append(offset)
+    return tuple(groups.values())
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """One allocation: the data section of one part, at its beginning.
 
@@ -95,7 +114,14 @@ class Region:
     part: int
     nbytes: int
     data_bytes: int
-    tensors: tuple[Tensor, ...]
+    groups: tuple[TensorGroup, ...]
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, group by group."""
+        for group in self.groups:
+            for name, offset in zip(group.names, group.offsets, strict=True):
+                yield Tensor(name, group.dtype, group.shape, offset, group.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +197,13 @@ def decode_reply(line: bytes) -> Reply:
 def _part_object(region: Region) -> dict[str, object]:
     tensors = [
         {
-            "name": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "offset": tensor.offset,
-            "bytes": tensor.nbytes,
+            "dtype": group.dtype,
+            "shape": list(group.shape),
+            "bytes": group.nbytes,
+            "names": group.names,
+            "offsets": group.offsets,
         }
-        for tensor in region.tensors
+        for group in region.groups
     ]
     return {"part": region.part, "dataBytes": region.data_bytes, "tensors": tensors}
 
@@ -197,7 +223,7 @@ def _ready(root: "_Node") -> Ready:
         regions=tuple(map(_region, parts, regions)),
     )
     _check_unique("regions", "part", [region.part for region in ready.regions])
-    names = [tensor.name for region in ready.regions for tensor in region.tensors]
+    names = [name for region in ready.regions for group in region.groups for name in group.names]
     _check_unique("parts", "tensor", names)
     return ready
 
@@ -208,60 +234,42 @@ def _region(part: "_Node", region: "_Node") -> Region:
         raise part.field("part").violation(f"must be {number}, as in {region.path}")
     nbytes = region.field("bytes").integer(minimum=1)
     data_bytes = part.field("dataBytes").integer(minimum=1, maximum=nbytes)
-    return Region(number, nbytes, data_bytes, _tensors(part.field("tensors"), data_bytes))
+    groups = tuple(_group(node, data_bytes) for node in part.field("tensors").items())
+    return Region(number, nbytes, data_bytes, groups)
 
 
-def _tensors(node: "_Node", data_bytes: int) -> tuple[Tensor, ...]:
-    """Check by columns; a node for each value, which takes ten times as long, if one is wrong."""
-    values = node.value
-    rows = _rows(values) if isinstance(values, list) else []
-    if rows and _are_valid(rows, data_bytes):
-        return tuple(map(Tensor._make, rows))
-    return tuple(_tensor(item, data_bytes) for item in node.items())
-
-
-def _rows(values: list[Any]) -> list[tuple[Any, ...]]:
-    """Return name, dtype, shape, offset and bytes of each; nothing where one is no tensor's."""
-    try:
-        if {*map(type, map(_SHAPE, values))} != {list}:
-            return []
-        return [
-            (name, dtype, tuple(shape), offset, nbytes)
-            for name, dtype, shape, offset, nbytes in map(_FIELDS, values)
-        ]
-    except (KeyError, TypeError):
-        return []
-
-
-def _are_valid(rows: list[tuple[Any, ...]], data_bytes: int) -> bool:
-    """Whether all rows are what `_tensor` accepts; False also where it has to be asked."""
-    names, dtypes, shapes, offsets, sizes = zip(*rows, strict=True)
-    dimensions = list(chain.from_iterable(shapes))
-    texts, numbers = chain(names, dtypes), chain(offsets, sizes, dimensions)
-    if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int}:
-        return False
-    known, lengths = set(dtypes), {*map(len, names)}
-    return (
-        "".join(names).isascii()
-        and "".join(known).isascii()
-        and 0 < min(lengths) <= max(lengths) <= _MAX_TEXT
-        and 0 < min(map(len, known)) <= max(map(len, known)) <= _MAX_DTYPE
-        and min(offsets) >= 0
-        and min(sizes) >= 0
-        and max(map(add, offsets, sizes)) <= data_bytes
-        and max(map(len, shapes)) <= _MAX_DIMENSIONS
-        and all(0 <= size <= _MAX_INTEGER for size in {*dimensions})
-    )
-
-
-def _tensor(node: "_Node", data_bytes: int) -> Tensor:
-    nbytes = node.field("bytes").integer(maximum=data_bytes)
-    return Tensor(
-        name=node.field("name").text(),
+def _group(node: "_Node", data_bytes: int) -> TensorGroup:
+    """Check names and offsets as a whole; one by one, ten times as slow, where that fails."""
+    names, offsets = node.field("names"), node.field("offsets")
+    group = TensorGroup(
         dtype=node.field("dtype").text(maximum=_MAX_DTYPE),
         shape=tuple(item.integer() for item in node.field("shape").items(_MAX_DIMENSIONS)),
-        offset=node.field("offset").integer(maximum=data_bytes - nbytes),
-        nbytes=nbytes,
+        nbytes=node.field("bytes").integer(maximum=data_bytes),
+        names=names.values(),
+        offsets=offsets.values(),
+    )
+    if len(group.names) != len(group.offsets):
+        raise ProtocolViolation(
+            f"{node.path}: {len(group.names)} names, {len(group.offsets)} offsets: "
+            "must be equally many"
+        )
+    last = data_bytes - group.nbytes
+    if group.names and not _are_valid(group.names, group.offsets, last):
+        for name, offset in zip(names.items(), offsets.items(), strict=True):
+            name.text()
+            offset.integer(maximum=last)
+    return group
+
+
+def _are_valid(names: list[Any], offsets: list[Any], last: int) -> bool:
+    """Whether all are what is accepted one by one; False also where that has to be tried."""
+    if {*map(type, names)} != {str} or {*map(type, offsets)} != {int}:
+        return False
+    lengths = {*map(len, names)}
+    return (
+        0 < min(lengths) <= max(lengths) <= _MAX_TEXT
+        and "".join(names).isascii()
+        and 0 <= min(offsets) <= max(offsets) <= last
     )
 
 
@@ -322,10 +330,13 @@ class _Node:
             raise ProtocolViolation(f"{_Node(None, name, self).path}: missing")
         return _Node(value[name], name, self)
 
-    def items(self, maximum: int = _MAX_INTEGER) -> list["_Node"]:
+    def values(self, maximum: int = _MAX_INTEGER) -> list[Any]:
         if not isinstance(self.value, list) or len(self.value) > maximum:
             raise self.violation("must be a list of bounded length")
-        return [_Node(item, index, self) for index, item in enumerate(self.value)]
+        return self.value
+
+    def items(self, maximum: int = _MAX_INTEGER) -> list["_Node"]:
+        return [_Node(item, index, self) for index, item in enumerate(self.values(maximum))]
 
     def integer(self, minimum: int = 0, maximum: int = _MAX_INTEGER) -> int:
         if type(self.value) is not int or not minimum <= self.value <= maximum:

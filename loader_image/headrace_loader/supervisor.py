@@ -19,7 +19,7 @@ from headrace_checkpoint.lease import holding
 from headrace_checkpoint.report import log
 from headrace_handover.channel import close_all
 from headrace_handover.errors import HandoverError
-from headrace_handover.messages import Ready, Region, Tensor
+from headrace_handover.messages import Ready, Region, Tensor, TensorGroup, grouped
 from headrace_handover.server import HandoverServer, Offer, prepare_directory
 from headrace_loader import system
 from headrace_loader.backends import PathPolicy, PathReport, protect
@@ -96,7 +96,7 @@ class _Load:
     missing: set[int]
     running: set[int]
     began: float = field(default_factory=time.time)
-    tensors: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    tensors: dict[int, list[tuple[TensorGroup, ...]]] = field(default_factory=dict)
     oom_kills: int = field(default_factory=system.oom_kills)
 
 
@@ -392,9 +392,9 @@ def _rank_states(checkpoint: Checkpoint, ranks: range) -> list[RankState]:
     ]
 
 
-def _tensors(checkpoint: Checkpoint, rank: int) -> list[tuple[Tensor, ...]]:
+def _tensors(checkpoint: Checkpoint, rank: int) -> list[tuple[TensorGroup, ...]]:
     return [
-        tuple(
+        grouped(
             Tensor(item.name, item.dtype, item.shape, item.offset, item.nbytes)
             for item in part.tensors
         )
@@ -403,7 +403,7 @@ def _tensors(checkpoint: Checkpoint, rank: int) -> list[tuple[Tensor, ...]]:
 
 
 def _ready(
-    rank: int, checkpoint: Checkpoint, filled: Filled, tensors: list[tuple[Tensor, ...]]
+    rank: int, checkpoint: Checkpoint, filled: Filled, tensors: list[tuple[TensorGroup, ...]]
 ) -> Ready:
     parts = checkpoint.manifest.rank_parts(rank)
     regions = tuple(

@@ -20,6 +20,7 @@ from headrace_engine.errors import Unsupported, WeightsMismatch
 from headrace_engine.mapping import HostMapping
 from headrace_engine.weights import ALIGNMENT, Weights
 from headrace_handover import MappableRegion, Ready, Region, Request, Tensor
+from headrace_handover.messages import grouped
 from headrace_handover.server import HandoverServer, Offer
 
 ENGINES = Path(__file__).parents[2] / "docs/engines.md"
@@ -64,21 +65,21 @@ def test_tensors_equal_the_file(loader: Any, checkpoint: Path) -> None:
         region = weights.attachment.ready.regions[0]
         data = next(checkpoint.glob("*.safetensors")).read_bytes()[-region.data_bytes :]
         for entry in region.tensors:
-            tensor = weights.tensors[entry.name]
+            tensor = weights[entry.name]
             assert tensor.shape == entry.shape
             assert raw(tensor) == data[entry.offset : entry.offset + entry.nbytes]
-        assert weights.tensors["matrix"].dtype == torch.bfloat16
+        assert weights["matrix"].dtype == torch.bfloat16
 
 
 def test_aligned_tensors_are_views_and_the_rest_is_named(loader: Any) -> None:
     with attached(loader) as weights:
         assert [copy.name for copy in weights.copies] == ["scale"]
         for name in ("matrix", "vector", "bytes"):
-            tensor = weights.tensors[name]
+            tensor = weights[name]
             assert tensor.data_ptr() % ALIGNMENT == 0
             assert mapping_at(tensor.data_ptr()) == "r--s /memfd:headrace (deleted)"
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
-        assert mapping_at(weights.tensors["scale"].data_ptr()).startswith("rw-p")
+        assert mapping_at(weights["scale"].data_ptr()).startswith("rw-p")
 
 
 def mapping_at(address: int) -> str:
@@ -110,7 +111,7 @@ def test_tensors_outlive_the_loader_and_the_attachment(
 ) -> None:
     loader = start_loader(checkpoint)
     weights = attach(loader.socket, device="cpu")
-    matrix = weights.tensors["matrix"]
+    matrix = weights["matrix"]
     before = raw(matrix)
     loader.kill()
     weights.attachment.close()
@@ -182,7 +183,7 @@ def test_an_attach_that_fails_in_the_middle_gives_everything_back(tmp_path: Path
     for descriptor in memory:
         os.ftruncate(descriptor, 4096)
     sound, wrong = Tensor("a", "U8", (4096,), 0, 4096), Tensor("b", "F32", (2,), 0, 4)
-    regions = tuple(Region(n, 4096, 4096, (one,)) for n, one in enumerate((sound, wrong)))
+    regions = tuple(Region(n, 4096, 4096, grouped([one])) for n, one in enumerate((sound, wrong)))
     source = Holder(Offer(Ready(0, "c" * 64, regions), (*memory, memory[0])))
     server = HandoverServer(tmp_path, source)
     server.start()
@@ -215,4 +216,8 @@ def test_weights_are_a_mapping_of_tensors(loader: Any) -> None:
     with attached(loader) as weights:
         assert set(weights) == {name for name, _, _ in SPECS}
         assert len(weights) == len(SPECS)
-        assert weights["matrix"] is weights.tensors["matrix"]
+        assert weights["matrix"] is weights["matrix"]
+        assert ("matrix" in weights, "other" in weights) == (True, False)
+        with pytest.raises(KeyError):
+            weights["other"]
+        assert weights.nbytes == sum(tensor.nbytes for tensor in weights.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace_handover.messages import Failure, Loading, Ready, Region, Request, Tensor
+from headrace_handover.messages import Failure, Loading, Ready, Region, Request, Tensor, grouped
 from headrace_handover.server import HandoverServer, Limits, Offer, Peer
 
 
@@ -21,7 +21,7 @@ class Source:
         os.write(self.memory, self.content)
         self.lease = os.memfd_create("lease", os.MFD_CLOEXEC)
         tensor = Tensor("a", "U8", (4096,), 0, 4096)
-        ready = Ready(0, "c" * 64, (Region(0, 4096, 4096, (tensor,)),))
+        ready = Ready(0, "c" * 64, (Region(0, 4096, 4096, grouped([tensor])),))
         self.offer = Offer(ready, (self.memory, self.lease))
         self.present: Loading | Offer | Failure = self.offer
         self.peers: list[Peer] = []

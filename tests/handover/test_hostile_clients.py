@@ -23,6 +23,7 @@ from headrace_handover.messages import (
     Request,
     Tensor,
     decode_reply,
+    grouped,
 )
 from headrace_handover.server import HandoverServer, Offer
 
@@ -122,7 +123,7 @@ def test_talking_after_the_request_ends_the_lease(server: HandoverServer, source
 
 
 def test_a_client_that_never_reads_is_dropped(server: HandoverServer, source: Any) -> None:
-    many = tuple(Tensor(f"{index:0100}", "U8", (0,), 0, 0) for index in range(20000))
+    many = grouped(Tensor(f"{index:0100}", "U8", (0,), 0, 0) for index in range(20000))
     ready = Ready(0, "c", (Region(0, 4096, 4096, many),))
     source.set(Offer(ready, source.offer.descriptors))
     with connected(server) as sock:

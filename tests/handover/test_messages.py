@@ -17,6 +17,7 @@ from headrace_handover.messages import (
     Request,
     Tensor,
     decode_reply,
+    grouped,
 )
 
 naturals = st.integers(0, 2**40)
@@ -33,7 +34,7 @@ def regions(draw: st.DrawFn, part: int) -> Region:
         tensors.append(Tensor(f"p{part}t{index}", draw(texts)[:32], shape, offset, size))
         offset += size
     data_bytes = max(offset, 1)
-    return Region(part, data_bytes + draw(naturals), data_bytes, tuple(tensors))
+    return Region(part, data_bytes + draw(naturals), data_bytes, grouped(tensors))
 
 
 @st.composite
@@ -110,7 +111,7 @@ def with_one_changed(data: st.DataObject, ready: Ready, value: object) -> dict[s
 
 @pytest.mark.parametrize("shape", ["", {}, "12", None])
 def test_a_shape_is_a_list(shape: object) -> None:
-    ready = Ready(0, "c", (Region(0, 8, 8, (Tensor("a", "U8", (), 0, 1),)),))
+    ready = Ready(0, "c", (Region(0, 8, 8, grouped([Tensor("a", "U8", (), 0, 1)])),))
     document = json.loads(ready.encode())
     document["parts"][0]["tensors"][0]["shape"] = shape
     with pytest.raises(
@@ -149,19 +150,26 @@ def test_a_changed_field_is_refused_or_keeps_every_rule(
             )
 
 
-TENSOR = {"name": "a", "dtype": "F32", "shape": [2], "offset": 0, "bytes": 8}
+GROUP = {"dtype": "F32", "shape": [2], "bytes": 8, "names": ["a"], "offsets": [0]}
+PART = {"part": 0, "dataBytes": 8, "tensors": [GROUP]}
 READY = {
     "status": "ready",
     "rank": 0,
     "checkpoint": "c",
-    "parts": [{"part": 0, "dataBytes": 8, "tensors": [TENSOR]}],
+    "parts": [PART],
     "regions": [{"part": 0, "bytes": 4096}],
     "leaseFd": True,
 }
 
 
-def with_tensor(**fields: object) -> dict[str, object]:
-    return READY | {"parts": [{"part": 0, "dataBytes": 8, "tensors": [TENSOR | fields]}]}
+def with_group(**fields: object) -> dict[str, object]:
+    return READY | {"parts": [PART | {"tensors": [GROUP | fields]}]}
+
+
+def test_what_is_changed_below_is_right() -> None:
+    reply = decode_reply(json.dumps(READY).encode())
+    assert isinstance(reply, Ready)
+    assert [*reply.regions[0].tensors] == [Tensor("a", "F32", (2,), 0, 8)]
 
 
 @pytest.mark.parametrize(
@@ -171,16 +179,23 @@ def with_tensor(**fields: object) -> dict[str, object]:
         (READY | {"parts": []}, "parts"),
         (READY | {"regions": [{"part": 1, "bytes": 4096}]}, r"parts\[0\].part"),
         (READY | {"regions": [{"part": 0, "bytes": 7}]}, r"parts\[0\].dataBytes"),
-        (with_tensor(offset=1), r"parts\[0\].tensors\[0\].offset"),
-        (with_tensor(bytes=9), r"parts\[0\].tensors\[0\].bytes"),
-        (with_tensor(shape=[2.0]), r"parts\[0\].tensors\[0\].shape\[0\]"),
-        (with_tensor(shape=[True]), r"shape\[0\]"),
-        (with_tensor(name="\ud800"), "name"),
+        (with_group(offsets=[1]), r"parts\[0\].tensors\[0\].offsets\[0\]: 1: .* from 0 to 0"),
+        (with_group(offsets=[-1]), r"parts\[0\].tensors\[0\].offsets\[0\]: -1"),
+        (with_group(offsets=[False]), r"parts\[0\].tensors\[0\].offsets\[0\]: False"),
+        (with_group(offsets=[0, 0]), r"parts\[0\].tensors\[0\]: 1 names, 2 offsets"),
+        (with_group(offsets={}), r"parts\[0\].tensors\[0\].offsets: {}: must be a list"),
+        (with_group(names=["\ud800"]), r"parts\[0\].tensors\[0\].names\[0\]"),
+        (with_group(names=[""]), r"parts\[0\].tensors\[0\].names\[0\]"),
+        (with_group(names=["a" * 4097]), r"parts\[0\].tensors\[0\].names\[0\]"),
+        (with_group(names=["a", "a"], offsets=[0, 0]), "tensor 'a' appears twice"),
+        (with_group(bytes=9), r"parts\[0\].tensors\[0\].bytes"),
+        (with_group(shape=[2.0]), r"parts\[0\].tensors\[0\].shape\[0\]"),
+        (with_group(shape=[True]), r"shape\[0\]"),
         (READY | {"parts": READY["parts"] * 2, "regions": READY["regions"] * 2}, "twice"),
         (
             READY
             | {
-                "parts": [{"part": part, "dataBytes": 8, "tensors": [TENSOR]} for part in range(2)],
+                "parts": [PART | {"part": part} for part in range(2)],
                 "regions": [{"part": part, "bytes": 8} for part in range(2)],
             },
             "tensor 'a'",
