@@ -83,6 +83,7 @@ class ProgressReporter:
         self._began = time.time()
         self._first_byte: float | None = None
         self._last_byte: float | None = None
+        self.verified_at = self._began
         self._next_report = 0.0
 
     def path(self, report: PathReport) -> None:
@@ -106,6 +107,7 @@ class ProgressReporter:
     def verified(self, nbytes: int) -> None:
         """Count bytes verified."""
         with self._lock:
+            self.verified_at = time.time()
             self._verified += nbytes
 
     def send(self) -> None:
@@ -149,5 +151,5 @@ def _load(name: str, options: BackendOptions, link: SupervisorLink) -> None:
         link.send(Mismatched(sources.index(error.source), error.chunk, error.found))
         return
     progress.send()
-    filled = Filled(tuple(region.nbytes for region in regions), time.time())
+    filled = Filled(tuple(region.nbytes for region in regions), progress.verified_at)
     link.send(filled, [region.export() for region in regions])

@@ -28,7 +28,7 @@ LAUNCH = ctypes.CFUNCTYPE(
 
 
 @pytest.fixture(scope="module")
-def mover(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def mover(tmp_path_factory: pytest.TempPathFactory) -> native.Mover | None:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -140,7 +140,8 @@ class Moved:
             threads=256,
             next_bytes=first,
         )
-        mover(self.load)
+        mover.prepare(self.load)
+        mover.load(self.load)
         os.close(descriptor)
         self.target = target.raw
         self.done = [run.done for run in self.runs]

@@ -117,11 +117,11 @@ class CudaBackend:
             digester = Digester(len(expected))
             pointers = [_pointer(region) for region, _ in transfers]
             direct, report = self._path(files, pointers[0])
-            runs = list(cut(files, pointers, self._options.read_threads))
-            lanes: Sequence[Lane] = ()
-            move = None if direct else self._compiled(runs, digester, pointers[0], progress)
-            if move is None or not all(file.buffered_reason for file in files):
-                lanes = self._lanes(direct, pointers[0], digester)
+            by_run = bool(direct) or native.mover() is None or not _all_buffered(files)
+            runs = list(cut(files, pointers, self._options.read_threads if by_run else 1))
+            lanes = self._lanes(direct, pointers[0], digester) if by_run else ()
+            # Last of all that may fail: its threads wait for what comes next.
+            move = None if direct else self._compiled(runs, digester, progress)
             progress.path(report)
             left = runs if move is None else move()
             if left:
@@ -137,7 +137,7 @@ class CudaBackend:
         digester.close()
 
     def _compiled(
-        self, runs: list[Run], digester: Digester, pointer: int, progress: Progress
+        self, runs: list[Run], digester: Digester, progress: Progress
     ) -> Callable[[], list[Run]] | None:
         """Prepare what moves runs by compiled code and returns those it leaves; None without it.
 
@@ -147,10 +147,9 @@ class CudaBackend:
         if mover is None or not any(run.file.buffered_reason for run in runs):
             return None
         ring = Ring(self._buffers)
-        ring.warm(pointer, digester)
         threads = self._options.read_threads
-        load = CompiledLoad(self._device.context, digester, ring, threads, runs, progress.read)
-        return lambda: load.move(mover)
+        context = self._device.context
+        return CompiledLoad(mover, context, digester, ring, threads, runs, progress.read).move
 
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:
         def move(run: Run) -> None:
@@ -196,6 +195,10 @@ class CudaBackend:
         for lane in lanes:
             lane.warm(pointer, digester)
         return lanes
+
+
+def _all_buffered(files: Sequence[PartFile]) -> bool:
+    return all(file.buffered_reason for file in files)
 
 
 def _pointer(region: Region) -> int:

@@ -18,7 +18,7 @@ SLOTS = 4
 """Blocks in pinned memory at a time: one is being copied, others are being filled."""
 SLOT_BYTES = 8 * 1024 * 1024
 """Bytes of the largest blocks. With more in all slots the caches lose them before the copy."""
-FIRST_BYTES = 2 * 1024 * 1024
+FIRST_BYTES = 512 * 1024
 """Bytes of the first block; each is twice the one before."""
 PIECE_BYTES = 512 * 1024
 """Bytes that one thread reads at once."""
@@ -35,10 +35,11 @@ class Ring:
         self._events = [driver.Event() for _ in range(SLOTS)]
 
     def warm(self, pointer: int, digester: Digester) -> None:
-        """Use the streams, with what comes to `pointer` later: the first time takes longer."""
+        """Use what a load will use, with what comes to `pointer` later: first times are long."""
         self.copies.copy_to_device(pointer, self._pinned.address, WORD)
         digester.warm(self.digests, pointer)
         self.synchronize()
+        digester.results()
 
     def synchronize(self) -> None:
         """Wait until everything queued is done."""
@@ -57,12 +58,13 @@ class Ring:
 class CompiledLoad:
     """Runs, ready to be moved through `ring`; `moved` is told of bytes while they come.
 
-    All that can be done before the first byte is done here. Direct reads are left out: storage
-    is slower than the interpreter.
+    All that can be done before the first byte is done here, starting threads too; they wait for
+    `move`. Direct reads are left out: storage is slower than the interpreter.
     """
 
     def __init__(
         self,
+        mover: native.Mover,
         context: int,
         digester: Digester,
         ring: Ring,
@@ -70,10 +72,10 @@ class CompiledLoad:
         runs: Sequence[Run],
         moved: Callable[[int], None],
     ) -> None:
+        self._mover = mover
         self._all = runs
         self._taken = [run for run in runs if run.file.buffered_reason]
         self._ring = ring
-        self._moved = moved
         self._load = native.Load(
             *map(driver.address, native.CALLS),
             context,
@@ -91,29 +93,56 @@ class CompiledLoad:
             threads=THREADS,
             next_bytes=min(FIRST_BYTES, ring.slot_bytes),
         )
-        self._ended = threading.Event()
-        self._teller = threading.Thread(target=self._tell, daemon=True)
+        self._teller = Teller(self._load, moved)
+        mover.prepare(self._load)
+        try:
+            ring.warm(self._taken[0].pointer, digester)  # while threads and cores wake up
+        except BaseException:
+            self._load.failed = 1
+            mover.load(self._load)  # moves nothing, and ends the threads
+            raise
         self._teller.start()
 
-    def move(self, mover: Any) -> list[Run]:  # noqa: ANN401 - as native.mover
+    def move(self) -> list[Run]:
         """Move them; returns those left over, where something failed or reads are direct.
 
         What was queued is done then: nothing reads the pinned memory any more.
         """
-        mover(self._load)
+        self._mover.load(self._load)
         self._ring.synchronize()
-        self._ended.set()
-        self._teller.join()
+        self._teller.end()
         done = {run for n, run in enumerate(self._taken) if self._load.runs[n].done}
         return [run for run in self._all if run not in done]
 
+
+class Teller:
+    """Tells `moved` of the bytes of a load, now and then and at the end."""
+
+    def __init__(self, load: native.Load, moved: Callable[[int], None]) -> None:
+        self._load, self._moved = load, moved
+        self._told = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Begin to tell, from a thread."""
+        threading.Thread(target=self._tell_often, daemon=True).start()
+
+    def end(self) -> None:
+        """Tell the rest."""
+        self._ended.set()
+        self._tell()
+
+    def _tell_often(self) -> None:
+        while not self._ended.wait(_REPORT_SECONDS):
+            self._tell()
+
     def _tell(self) -> None:
-        ended, told = False, 0
-        while not ended:
-            ended = self._ended.wait(_REPORT_SECONDS)
-            if new := self._load.moved - told:
-                told += new
-                self._moved(new)
+        with self._lock:
+            new = self._load.moved - self._told
+            self._told += new
+        if new:
+            self._moved(new)
 
 
 def _run(run: Run, digester: Digester) -> native.Run:

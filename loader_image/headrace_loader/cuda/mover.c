@@ -15,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NOT_READY = 600, WORD = 8, SPINS = 4096, LEAST_PIECE = 64 * 1024, MOST_THREADS = 512 };
+enum { NOT_READY = 600, WORD = 8, SPINS = 16384, LEAST_PIECE = 64 * 1024 };
 
 struct run {  // headrace_loader/cuda/native.py has the same structures
   int64_t offset;
@@ -30,6 +30,7 @@ struct slot {
   struct run *run;  // the block that is in it: `size` bytes of a run from `begin` on
   uint64_t begin, size;
   uint64_t left;  // bytes that are not read, and 1 until the copy is queued
+  char apart[64];
 };
 
 struct load {
@@ -44,8 +45,10 @@ struct load {
   struct run *runs;
   struct slot *slots;
   uint64_t run_count, slot_count, thread_count, slot_bytes, piece_bytes, blocks, threads;
-  uint64_t locked, moved, failed;  // changed here, by all threads
-  uint64_t next_run, next_begin, next_bytes, opened, taken;  // changed here, by who has locked it
+  char apart[64];  // what all wait for shares no cache line with what all read
+  uint64_t locked, next_run, next_begin, next_bytes, opened, taken;  // changed by who has locked them
+  char apart_too[64];
+  uint64_t running, started, ready, begun, moved, failed;
 };
 
 struct piece {
@@ -53,8 +56,14 @@ struct piece {
   uint64_t begin, size;  // within the slot
 };
 
-static void pause_after(unsigned *spins) {
+// Sleeps only after a millisecond or so: nothing here takes longer, and to wake up takes a tenth of it.
+static void wait_a_little(unsigned *spins) {
   if (++*spins > SPINS) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");
+#endif
 }
 
 static uint64_t load_of(const uint64_t *value) { return __atomic_load_n(value, __ATOMIC_ACQUIRE); }
@@ -71,7 +80,7 @@ static int open_block(struct load *load) {
   int code = 0;
   for (unsigned spins = 0; load_of(&slot->left) || (code = load->event_query(slot->event)) == NOT_READY;) {
     if (load_of(&load->failed)) return 0;
-    pause_after(&spins);
+    wait_a_little(&spins);
   }
   if (code) {
     __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
@@ -90,7 +99,8 @@ static int open_block(struct load *load) {
 
 // Hands out the next piece; in small blocks pieces are so small that all threads get one.
 static int take(struct load *load, struct piece *piece) {
-  for (unsigned spins = 0; __atomic_exchange_n(&load->locked, 1, __ATOMIC_ACQUIRE);) pause_after(&spins);
+  for (unsigned spins = 0; load_of(&load->locked) || __atomic_exchange_n(&load->locked, 1, __ATOMIC_ACQUIRE);)
+    wait_a_little(&spins);
   int found = !load_of(&load->failed);
   if (found && (!load->opened || load->taken == load->slots[(load->opened - 1) % load->slot_count].size))
     found = open_block(load);
@@ -149,24 +159,52 @@ static int move(struct load *load, const struct piece *piece) {
   return __atomic_sub_fetch(&piece->slot->left, piece->size, __ATOMIC_ACQ_REL) == 1 && queue_block(load, piece->slot);
 }
 
-static void *work(void *given) {
-  struct load *load = given;
+static void work(struct load *load) {
   struct piece piece;
   int failed = load->context_use(load->context);
+  for (unsigned spins = 0; !load_of(&load->begun);) wait_a_little(&spins);
   while (!failed && take(load, &piece)) failed = move(load, &piece);
   if (failed) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
+}
+
+// Clears a thread's share of the slots, so that the first blocks find it in the CPUs' caches.
+static void touch(const struct load *load, uint64_t thread) {
+  uint64_t share = load->slot_bytes / load->thread_count;
+  for (uint64_t n = 0; n < load->slot_count; ++n) memset(load->slots[n].buffer + thread * share, 0, share);
+}
+
+static void *work_beside(void *given) {
+  struct load *load = given;
+  touch(load, __atomic_fetch_add(&load->started, 1, __ATOMIC_RELAXED));
+  __atomic_add_fetch(&load->ready, 1, __ATOMIC_RELEASE);
+  work(load);
+  __atomic_sub_fetch(&load->running, 1, __ATOMIC_RELEASE);
   return NULL;
+}
+
+// Starts all threads but the one that will call headrace_load, which has to follow: they wait for it.
+void headrace_prepare(struct load *load) {
+  for (uint64_t n = 0; n < load->run_count; ++n) load->runs[n].left = load->runs[n].size;
+  pthread_attr_t detached;
+  if (pthread_attr_init(&detached)) return;
+  pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+  for (uint64_t n = 1; n < load->thread_count; ++n) {
+    pthread_t thread;
+    __atomic_add_fetch(&load->running, 1, __ATOMIC_RELAXED);
+    if (pthread_create(&thread, &detached, work_beside, load)) {
+      __atomic_sub_fetch(&load->running, 1, __ATOMIC_RELAXED);
+      break;
+    }
+  }
+  pthread_attr_destroy(&detached);
 }
 
 // Moves all runs and returns when their copies and digests are queued. A run that is not `done`
 // afterwards has to be moved again, by what can tell why it failed: its digests are not queued, and
 // some of its copies may be.
 void headrace_load(struct load *load) {
-  pthread_t others[MOST_THREADS];
-  size_t started = 0;
-  for (uint64_t n = 0; n < load->run_count; ++n) load->runs[n].left = load->runs[n].size;
-  while (started + 1 < load->thread_count && started < MOST_THREADS && !pthread_create(&others[started], NULL, work, load))
-    ++started;
+  for (unsigned spins = 0; load_of(&load->ready) < load_of(&load->running);) wait_a_little(&spins);
+  __atomic_store_n(&load->begun, 1, __ATOMIC_RELEASE);
   work(load);  // alone, if there are no others
-  while (started) pthread_join(others[--started], NULL);
+  for (unsigned spins = 0; load_of(&load->running);) wait_a_little(&spins);
 }

@@ -1,10 +1,9 @@
 """The compiled load from the page cache, mover.c, where the loader was built with a C compiler."""
 
 import ctypes
-from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 LIBRARY = Path(__file__).with_name("mover.so")
 
@@ -17,6 +16,7 @@ CALLS = (
     "cuLaunchKernel",
 )
 """The driver's functions that it is handed, in the order of Load's first fields."""
+_CACHE_LINE = 64
 
 
 class Run(ctypes.Structure):
@@ -44,6 +44,7 @@ class Slot(ctypes.Structure):
         ("begin", c_uint64),
         ("size", c_uint64),
         ("left", c_uint64),
+        ("apart", c_char * _CACHE_LINE),
     )
 
 
@@ -70,26 +71,45 @@ class Load(ctypes.Structure):
         ("piece_bytes", c_uint64),
         ("blocks", c_uint64),
         ("threads", c_uint64),
+        ("apart", c_char * _CACHE_LINE),
         ("locked", c_uint64),
-        ("moved", c_uint64),
-        ("failed", c_uint64),
         ("next_run", c_uint64),
         ("next_begin", c_uint64),
         ("next_bytes", c_uint64),
         ("opened", c_uint64),
         ("taken", c_uint64),
+        ("apart_too", c_char * _CACHE_LINE),
+        ("running", c_uint64),
+        ("started", c_uint64),
+        ("ready", c_uint64),
+        ("begun", c_uint64),
+        ("moved", c_uint64),
+        ("failed", c_uint64),
     )
 
 
-@cache
-def mover(library: Path = LIBRARY) -> Any:  # noqa: ANN401 - ctypes has no type for it
-    """Return headrace_load(Load), or None.
+class Mover:
+    """The library's functions. They run without the interpreter's lock."""
 
-    It runs without the interpreter's lock, for the whole load.
-    """
+    def __init__(self, library: Path) -> None:
+        functions = ctypes.CDLL(str(library))
+        self._prepare, self._load = functions.headrace_prepare, functions.headrace_load
+        for function in (self._prepare, self._load):
+            function.argtypes, function.restype = (POINTER(Load),), None
+
+    def prepare(self, load: Load) -> None:
+        """Start the threads, which wait for `load` to be called."""
+        self._prepare(load)
+
+    def load(self, load: Load) -> None:
+        """Move all runs."""
+        self._load(load)
+
+
+@cache
+def mover(library: Path = LIBRARY) -> Mover | None:
+    """Return the compiled code, None where there is none."""
     try:
-        function = ctypes.CDLL(str(library)).headrace_load
+        return Mover(library)
     except OSError:
         return None
-    function.argtypes, function.restype = (POINTER(Load),), None
-    return function
