@@ -87,9 +87,9 @@ class ProgressReporter:
         self._next_report = 0.0
 
     def path(self, report: PathReport) -> None:
-        """Pass the path on; reading begins now."""
-        self._began = time.time()
+        """Pass the path on; reading begins then."""
         self._link.send(PathChosen(self._device, report))
+        self._began = time.time()
 
     def read(self, nbytes: int) -> None:
         """Count bytes read."""
