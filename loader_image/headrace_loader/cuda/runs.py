@@ -1,7 +1,8 @@
-"""How a load is cut: runs of chunks, moved by one thread and digested by one launch.
+"""How a load is cut: runs of chunks, each digested by one launch.
 
-Long runs save launches and handing out; short ones let all threads end together. So they get
-shorter towards the end (guided self-scheduling, Polychronopoulos and Kuck 1987).
+Long runs save launches and handing out. Where one thread moves a whole run, short ones let all
+threads end together. So they get shorter towards the end (guided self-scheduling, Polychronopoulos
+and Kuck 1987).
 """
 
 from __future__ import annotations
