@@ -10,12 +10,13 @@
 // driver's functions are handed in, so that it also loads where there is none.
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { NOT_READY = 600, WORD = 8, SPINS = 16384, LEAST_PIECE = 64 * 1024 };
+enum { NOT_READY = 600, WORD = 8, SPINS = 1024, YIELDS = 4096, LEAST_PIECE = 64 * 1024 };
 
 struct run {  // headrace_loader/cuda/native.py has the same structures
   int64_t offset;
@@ -56,9 +57,11 @@ struct piece {
   uint64_t begin, size;  // within the slot
 };
 
-// Sleeps only after a millisecond or so: nothing here takes longer, and to wake up takes a tenth of it.
+// Sleeps only after a millisecond or so: nothing here takes longer, and to wake up takes a tenth of
+// it. Before that it lets others run, where there are fewer CPUs than threads.
 static void wait_a_little(unsigned *spins) {
-  if (++*spins > SPINS) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+  if (++*spins > SPINS + YIELDS) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+  else if (*spins > SPINS) sched_yield();
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
