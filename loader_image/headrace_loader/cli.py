@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=_bounded(65535), default=9400, help="port of the status server")
     add("--plugin-dir", type=Path, help="directory to copy the engine side to")
     threads = _bounded(_MAX_READ_THREADS)
-    add("--read-threads", type=threads, default=10, help="reading threads per rank")
+    add("--read-threads", type=threads, default=12, help="reading threads per rank")
     cache = parser.add_argument_group(
         "compiled code", "keep what the engine compiles for later pods (with --engine-cache-store)"
     )

@@ -5,6 +5,7 @@ when `gds.probe` finds all it needs. Otherwise the data is staged through host m
 I/O, or from the page cache when the file is there already.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -147,7 +148,8 @@ class CudaBackend:
         if mover is None or not any(run.file.buffered_reason for run in runs):
             return None
         ring = Ring(self._buffers)
-        threads = self._options.read_threads
+        # They never wait for storage, so more of them than CPUs are in each other's way.
+        threads = min(self._options.read_threads, len(os.sched_getaffinity(0)))
         context = self._device.context
         return CompiledLoad(mover, context, digester, ring, threads, runs, progress.read).move
 
