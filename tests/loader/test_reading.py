@@ -66,6 +66,7 @@ def test_large_chunks_are_read_by_fewer_threads(
         asked.append(len(bodies))
 
     monkeypatch.setattr(host, "run_parallel", record)
+    monkeypatch.setattr(reading, "is_cached", lambda *_: False)
     backend = HostBackend(BackendOptions(0, PathPolicy.OFF, 10))
     source = PartSource(path, 4096, 4096, chunk_bytes, "sha256", ("0",))
 
@@ -76,6 +77,23 @@ def test_large_chunks_are_read_by_fewer_threads(
 
     backend.fill([(backend.allocate(4096), source)], Silent())
     assert asked == [threads]
+
+
+@pytest.mark.parametrize(("cached", "expected"), [((True, True), 2), ((True, False), 7)])
+def test_files_in_the_page_cache_are_read_by_as_many_threads_as_there_are_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: tuple[bool, ...], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5})
+    files = []
+    for number, one in enumerate(cached):
+        path = tmp_path / str(number)
+        path.write_bytes(bytes(4096))
+        monkeypatch.setattr(reading, "is_cached", lambda *_, one=one: one)
+        files.append(PartFile(PartSource(path, 0, 4096, 1 << 20, "sha256", ("0",))))
+    assert reading.threads_for(files, 7) == expected
+    assert reading.threads_for(files, 1) == 1
+    for file in files:
+        file.close()
 
 
 def test_more_memory_than_there_are_addresses() -> None:

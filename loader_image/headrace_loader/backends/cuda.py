@@ -5,7 +5,6 @@ when `gds.probe` finds all it needs. Otherwise the data is staged through host m
 I/O, or from the page cache when the file is there already.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,7 +22,7 @@ from headrace_loader.backends import (
     Region,
 )
 from headrace_loader.backends.parallel import run_parallel
-from headrace_loader.backends.reading import ALIGNMENT, PartFile, staged
+from headrace_loader.backends.reading import ALIGNMENT, PartFile, staged, threads_for
 from headrace_loader.cuda import gds, native
 from headrace_loader.cuda.compiled import CompiledLoad, Ring
 from headrace_loader.cuda.digester import Digester
@@ -148,8 +147,7 @@ class CudaBackend:
         if mover is None or not any(run.file.buffered_reason for run in runs):
             return None
         ring = Ring(self._buffers)
-        # They never wait for storage, so more of them than CPUs are in each other's way.
-        threads = min(self._options.read_threads, len(os.sched_getaffinity(0)))
+        threads = threads_for([run.file for run in runs], self._options.read_threads)
         context = self._device.context
         return CompiledLoad(mover, context, digester, ring, threads, runs, progress.read).move
 

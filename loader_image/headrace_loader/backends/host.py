@@ -27,7 +27,7 @@ from headrace_loader.backends import (
     Region,
 )
 from headrace_loader.backends.parallel import run_parallel
-from headrace_loader.backends.reading import PartFile, staged
+from headrace_loader.backends.reading import PartFile, staged, threads_for
 from headrace_loader.errors import DirectPathUnavailable, InternalError, OutOfMemory
 
 DEVICE = "host"
@@ -123,7 +123,8 @@ class HostBackend:
                 _load(piece, buffers.view, progress)
 
             most = max(1, _MAX_BUFFER_BYTES // chunk_bytes)
-            run_parallel(pieces, [load] * min(self._options.read_threads, most))
+            threads = threads_for(files, min(self._options.read_threads, most))
+            run_parallel(pieces, [load] * threads)
 
     def _report(self, files: Sequence[PartFile]) -> PathReport:
         if self._options.policy is PathPolicy.OFF:

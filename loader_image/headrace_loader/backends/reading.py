@@ -26,12 +26,13 @@ _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 class PartFile:
     """An open part; `buffered_reason` is empty while reads are direct.
 
-    A file that the page cache holds is read from there: that beats storage.
+    A file that the page cache holds (`cached`) is read from there: that beats storage.
     """
 
     def __init__(self, source: PartSource) -> None:
         self.source = source
         self.buffered_reason = ""
+        self.cached = False
         self._descriptor = -1
         try:
             self._descriptor = self._open()
@@ -105,7 +106,8 @@ class PartFile:
 
     def _open(self) -> int:
         descriptor = self._open_buffered("the page cache holds the file")
-        if is_cached(descriptor, self.source.offset, self.source.nbytes):
+        self.cached = is_cached(descriptor, self.source.offset, self.source.nbytes)
+        if self.cached:
             return descriptor
         os.close(descriptor)
         self.buffered_reason = ""
@@ -144,6 +146,16 @@ def staged(files: Sequence[PartFile], direct_reason: str, direct_message: str) -
         direct_reason=direct_reason,
         direct_message=direct_message,
     )
+
+
+def threads_for(files: Sequence[PartFile], most: int) -> int:
+    """Return by how many threads files are best read, `most` at most.
+
+    Reads from the page cache never wait: more threads than CPUs are in each other's way.
+    """
+    if all(file.cached for file in files):
+        return min(most, len(os.sched_getaffinity(0)))
+    return most
 
 
 def is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
