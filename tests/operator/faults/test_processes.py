@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from faults.life import Kube, Life
+from stage.operator import Operator, token_kubeconfig
 
 pytestmark = [
     pytest.mark.cluster,
@@ -38,9 +39,9 @@ class Stages(Life):
 
 
 @pytest.fixture
-def process(cluster: Any, tmp_path: Path, conftest_of_cluster: Any) -> Any:
-    kubeconfig = conftest_of_cluster.token_kubeconfig(cluster, tmp_path / "kubeconfig")
-    operator = conftest_of_cluster.Operator(kubeconfig, tmp_path / "operator.log")
+def process(cluster: Any, tmp_path: Path) -> Any:
+    kubeconfig = token_kubeconfig(cluster, tmp_path / "kubeconfig")
+    operator = Operator(kubeconfig, tmp_path / "operator.log")
     operator.start()
     yield operator
     if operator.process is not None:
