@@ -1,6 +1,7 @@
 """What needs a real GPU: `pytest -m gpu`. Without one these tests are skipped and say why."""
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,3 +56,20 @@ def start_engine(
     yield start
     for engine in started:
         engine.kill()
+
+
+@pytest.fixture
+def hold(
+    start_loader: Callable[..., Any], tmp_path: Path
+) -> Callable[..., tuple[Any, dict[str, str]]]:
+    """Load a checkpoint; returns the loader, and the environment of an engine with its plugin."""
+
+    def held(checkpoint: Path, *options: str) -> tuple[Any, dict[str, str]]:
+        plugin = tmp_path / "plugin"
+        loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={plugin}", *options)
+        loader.until_phase("Ready")
+        path = [str(plugin), os.environ.get("PYTHONPATH", "")]
+        socket = str(loader.socket)
+        return loader, {"HEADRACE_SOCKET": socket, "PYTHONPATH": os.pathsep.join(path)}
+
+    return held

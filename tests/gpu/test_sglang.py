@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +28,8 @@ COPIED = 4096  # bytes at most: scalars that are not aligned
 def test_sglang_serves_the_same_tokens_and_copies_nothing(
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
-    start_loader: Callable[..., Any],
+    hold: Callable[..., Any],
     start_engine: Callable[..., Any],
-    tmp_path: Path,
 ) -> None:
     model = make_model(layers=4, hidden_size=2048, intermediate_size=5632, heads=16, kv_heads=4)
     options = {"SERVE_OPTIONS": json.dumps(EAGER)}
@@ -42,12 +40,10 @@ def test_sglang_serves_the_same_tokens_and_copies_nothing(
     plain.kill()
 
     checkpoint = make_checkpoint(model)
-    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
-    loader.until_phase("Ready")
+    _, environment = hold(checkpoint)
     for part in checkpoint.glob("*.safetensors"):
         part.unlink()  # the engine has nothing to read weights from
-    path = [f"{tmp_path}/plugin", os.environ.get("PYTHONPATH", "")]
-    options |= {"HEADRACE_SOCKET": str(loader.socket), "PYTHONPATH": os.pathsep.join(path)}
+    options |= environment
     for _ in range(2):  # the second attaches after the first was killed
         engine = start_engine("serve_sglang.py", checkpoint, "headrace", **options)
         engine.ready()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,9 +69,8 @@ def test_the_gpu_of_another_rank_is_refused(
 def test_vllm_over_two_gpus_serves_the_same_tokens(
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
-    start_loader: Callable[..., Any],
+    hold: Callable[..., Any],
     start_engine: Callable[..., Any],
-    tmp_path: Path,
 ) -> None:
     model = make_model(layers=4, hidden_size=2048, intermediate_size=5632, heads=16, kv_heads=4)
     options = {"SERVE_OPTIONS": json.dumps(TENSOR_PARALLEL)}
@@ -83,12 +81,10 @@ def test_vllm_over_two_gpus_serves_the_same_tokens(
     plain.kill()
 
     checkpoint = make_checkpoint(model, ranks=RANKS)
-    loader = start_loader(checkpoint, *TWO_RANKS, f"--plugin-dir={tmp_path}/plugin")
-    loader.until_phase("Ready")
+    _, environment = hold(checkpoint, f"--tensor-parallel-size={RANKS}")
     for part in checkpoint.glob("*.safetensors"):
         part.unlink()  # the engine has nothing to read weights from
-    path = [f"{tmp_path}/plugin", os.environ.get("PYTHONPATH", "")]
-    options |= {"HEADRACE_SOCKET": str(loader.socket), "PYTHONPATH": os.pathsep.join(path)}
+    options |= environment
     for _ in range(2):  # the second attaches after the first was killed
         engine = start_engine("serve.py", checkpoint, "headrace", 0.2, **options)
         engine.ready()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +21,11 @@ UTILIZATION = 0.3
 CUDA_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}
 
 
-def plugin(loader: Any, tmp_path: Path) -> dict[str, str]:
-    """The environment of an engine that has the plugin from the loader."""
-    path = [f"{tmp_path}/plugin", os.environ.get("PYTHONPATH", "")]
-    return {"HEADRACE_SOCKET": str(loader.socket), "PYTHONPATH": os.pathsep.join(path)}
-
-
 def test_vllm_serves_from_the_loaders_memory(
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
-    start_loader: Callable[..., Any],
+    hold: Callable[..., Any],
     start_engine: Callable[..., Any],
-    tmp_path: Path,
 ) -> None:
     """One story, since starting an engine takes most of a minute."""
     model = make_model(
@@ -51,12 +43,10 @@ def test_vllm_serves_from_the_loaders_memory(
     plain.kill()
 
     checkpoint = make_checkpoint(model)
-    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
-    loader.until_phase("Ready")
+    loader, environment = hold(checkpoint)
     for part in checkpoint.glob("*.safetensors"):
         part.unlink()  # the engine has nothing to read weights from
     total = loader.status()["totalBytes"]
-    environment = plugin(loader, tmp_path)
 
     engine = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
     # What the loader holds is rounded up to pages; a block is smaller than that.
@@ -86,14 +76,12 @@ def test_vllm_serves_from_the_loaders_memory(
 def test_a_method_that_writes_to_weights_fails_and_says_so(
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
-    start_loader: Callable[..., Any],
+    hold: Callable[..., Any],
     start_engine: Callable[..., Any],
-    tmp_path: Path,
 ) -> None:
     checkpoint = make_checkpoint(make_model())
-    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
-    loader.until_phase("Ready")
-    environment = plugin(loader, tmp_path) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    _, environment = hold(checkpoint)
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = start_engine("writing.py", checkpoint, "headrace", 0.1, **environment)
     assert engine.process.wait(200) != 0
     assert (
@@ -104,9 +92,8 @@ def test_a_method_that_writes_to_weights_fails_and_says_so(
 def test_fp8_weights_stay_where_they_are(
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
-    start_loader: Callable[..., Any],
+    hold: Callable[..., Any],
     start_engine: Callable[..., Any],
-    tmp_path: Path,
 ) -> None:
     """What the engine reads from the same files by itself serves the same tokens."""
     model = make_model(layers=LAYERS, hidden_size=1024, intermediate_size=2816, heads=16)
@@ -116,11 +103,8 @@ def test_fp8_weights_stay_where_they_are(
     tokens = plain.ask()
     assert len(set(tokens)) > 4
     plain.kill()
-    loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={tmp_path}/plugin")
-    loader.until_phase("Ready")
-    engine = start_engine(
-        "serve.py", checkpoint, "headrace", UTILIZATION, **plugin(loader, tmp_path)
-    )
+    _, environment = hold(checkpoint)
+    engine = start_engine("serve.py", checkpoint, "headrace", UTILIZATION, **environment)
     engine.ready()
     assert engine.ask() == tokens
     ((kept, total),) = re.findall(r"headrace: zero-copy: bytes=(\d+) of (\d+)", engine.output())
