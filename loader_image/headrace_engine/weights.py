@@ -39,16 +39,13 @@ class _Views:
     """Tensors of one group, each made when it is asked for: making one takes some 5 us."""
 
     def __init__(self, octets: torch.Tensor, group: TensorGroup) -> None:
-        self._storage, self._shape, self._nbytes = (
-            octets.untyped_storage(),
-            group.shape,
-            group.nbytes,
-        )
+        self._storage = octets.untyped_storage()
+        self._group = group
         self._dtype = _dtype(group)
         self._offsets = dict(zip(group.names, group.offsets, strict=True))
         address = octets.data_ptr()
-        self.unaligned = {
-            name
+        self.copies = {
+            name: PrivateCopy(name, group.nbytes, f"not aligned to {ALIGNMENT} bytes")
             for name, offset in self._offsets.items()
             if (address + offset) % ALIGNMENT and group.nbytes
         }
@@ -56,20 +53,11 @@ class _Views:
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return a tensor with a storage of exactly its size; a copy if it is not aligned."""
         offset = self._offsets[name]
-        part = self._storage[offset : offset + self._nbytes]
-        if name in self.unaligned:
+        part = self._storage[offset : offset + self._group.nbytes]
+        if name in self.copies:
             part = part.clone()
         empty = torch.empty(0, dtype=self._dtype, device=part.device)
-        return empty.set_(part, 0, self._shape)
-
-    def copies(self) -> list[PrivateCopy]:
-        """Name the tensors that are copies."""
-        reason = f"not aligned to {ALIGNMENT} bytes"
-        return [
-            PrivateCopy(name, self._nbytes, reason)
-            for name in self._offsets
-            if name in self.unaligned
-        ]
+        return empty.set_(part, 0, self._group.shape)
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -89,7 +77,7 @@ class Weights(Mapping[str, torch.Tensor]):
             octets = _mapping(item, place).octets()
             for group in item.region.groups:
                 views = _Views(octets, group)
-                self.copies += views.copies()
+                self.copies += views.copies.values()
                 self._views |= dict.fromkeys(group.names, views)
         self.seconds = time.monotonic() - began
 

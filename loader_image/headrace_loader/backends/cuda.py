@@ -121,7 +121,7 @@ class CudaBackend:
             runs = list(cut(files, pointers, self._options.read_threads if by_run else 1))
             lanes = self._lanes(direct, pointers[0], digester) if by_run else ()
             # Last of all that may fail: its threads wait for what comes next.
-            move = None if direct else self._compiled(runs, digester, progress)
+            move = None if direct else self._compiled(files, runs, digester, progress)
             progress.path(report)
             left = runs if move is None else move()
             if left:
@@ -137,17 +137,17 @@ class CudaBackend:
         digester.close()
 
     def _compiled(
-        self, runs: list[Run], digester: Digester, progress: Progress
+        self, files: Sequence[PartFile], runs: list[Run], digester: Digester, progress: Progress
     ) -> Callable[[], list[Run]] | None:
         """Prepare what moves runs by compiled code and returns those it leaves; None without it.
 
         It takes what is in the page cache.
         """
         mover = native.mover()
-        if mover is None or not any(run.file.buffered_reason for run in runs):
+        if mover is None or not any(file.buffered_reason for file in files):
             return None
         ring = Ring(self._buffers)
-        threads = threads_for([run.file for run in runs], self._options.read_threads)
+        threads = threads_for(files, self._options.read_threads)
         context = self._device.context
         return CompiledLoad(mover, context, digester, ring, threads, runs, progress.read).move
 
