@@ -222,8 +222,9 @@ def measure(plan: Plan, gib: float, kind: str) -> Point:
         peers = plan.peers if kind == "large" and gib <= plan.peer_gib else []
         for number in range(plan.repeats):
             say(f"{kind} {gib:g} GiB, warm: round {number + 1} of {plan.repeats}")
-            point.add("limit", plan.target.limit(directory))
             load_once(point, "", directory, plan)
+            # Not behind a peer: on GPUs copies are slower for a while then, by a tenth.
+            point.add("limit", plan.target.limit(directory))
             for peer in peers:
                 if not peer.missing and (rate := peer.rate(directory, nbytes)):
                     point.add(peer.name, rate)
@@ -263,28 +264,26 @@ def hardware(target: Any) -> str:
     return f"{out.stdout.strip()}, {text}"
 
 
+def lowest(points: list[Point], name: str, limit: str) -> float | None:
+    """Return the lowest ratio among points that have both."""
+    ratios = [ratio for point in points if (ratio := point.ratio(name, limit)) is not None]
+    return min(ratios, default=None)
+
+
 def headline(points: list[Point], plan: Plan) -> dict[str, object]:
-    """The one line: of the largest size measured, for each number."""
+    """The one line: the worst size of each number, rates and CPU time of the largest."""
     large = [point for point in points if point.name == "large"]
     last = max(large, key=lambda point: point.gib)
     cold = [point for point in large if "cold_headrace" in point]
-    rated = [(p, peer) for p in large for peer in PEERS if peer in p]
-    best_peer = ratio_vs_best = None
-    if rated:
-        size = max(point.gib for point, _ in rated)
-        point, best_peer = max(
-            (item for item in rated if item[0].gib == size),
-            key=lambda item: item[0][item[1]].median,
-        )
-        ratio_vs_best = point.ratio("headrace", best_peer)
+    peers = [(ratio, peer) for peer in PEERS if (ratio := lowest(large, "headrace", peer))]
+    ratio_vs_best, best_peer = min(peers, default=(None, None))
+    warm = lowest(large, "headrace", "limit")
     on_gpu = plan.target.name == "cuda"
     return {
-        "warm_ratio_vs_pinned": last.ratio("headrace", "limit") if on_gpu else None,
-        "warm_ratio_vs_read": None if on_gpu else last.ratio("headrace", "limit"),
-        "cold_ratio_vs_fio": cold[-1].ratio("cold_headrace", "cold_fio") if cold else None,
-        "cold_ratio_vs_direct_read": (
-            cold[-1].ratio("cold_headrace", "cold_direct_read") if cold else None
-        ),
+        "warm_ratio_vs_pinned": warm if on_gpu else None,
+        "warm_ratio_vs_read": None if on_gpu else warm,
+        "cold_ratio_vs_fio": lowest(cold, "cold_headrace", "cold_fio"),
+        "cold_ratio_vs_direct_read": lowest(cold, "cold_headrace", "cold_direct_read"),
         "overhead_s": round(max(point["overhead_s"].median for point in large), 4),
         "attach_ms": round(max(point["attach_ms"].median for point in large), 3),
         "best_peer": best_peer,
