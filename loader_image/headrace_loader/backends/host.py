@@ -11,9 +11,10 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from headrace_loader.backends import (
     POLICY_OFF,
@@ -26,6 +27,7 @@ from headrace_loader.backends import (
     Progress,
     Region,
 )
+from headrace_loader.backends.digests import digest
 from headrace_loader.backends.parallel import run_parallel
 from headrace_loader.backends.reading import PartFile, staged, threads_for
 from headrace_loader.errors import DirectPathUnavailable, InternalError, OutOfMemory
@@ -106,15 +108,14 @@ class HostBackend:
         return HostRegion(nbytes)
 
     def fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
-        """Read and check chunk by chunk, in the order of the parts."""
+        """Read and check chunk by chunk, all parts at once."""
         with ExitStack() as stack:
             files = [stack.enter_context(PartFile(s)) for _, s in transfers]
             progress.path(self._report(files))
             regions = [_host_region(region) for region, _ in transfers]
-            pieces = (
-                _Piece(file, region, chunk)
+            pieces = _in_turn(
+                [_Piece(file, region, chunk) for chunk in range(len(file.source.digests))]
                 for file, region in zip(files, regions, strict=True)
-                for chunk in range(len(file.source.digests))
             )
             chunk_bytes = max(file.source.chunk_bytes for file in files)
             buffers = _Buffers(chunk_bytes)
@@ -132,6 +133,12 @@ class HostBackend:
         return staged(files, "HostBackend", _NO_GPU_DIRECT)
 
 
+def _in_turn(parts: Iterable[Sequence[_Piece]]) -> Iterator[_Piece]:
+    """Yield a piece of each part in turn: the kernel lets one thread at a time write to a memfd."""
+    for pieces in zip_longest(*parts):
+        yield from (piece for piece in pieces if piece is not None)
+
+
 def _host_region(region: Region) -> HostRegion:
     if not isinstance(region, HostRegion):
         raise InternalError("a region of another backend was given to the host backend")
@@ -143,14 +150,10 @@ def _load(piece: _Piece, buffer: memoryview, progress: Progress) -> None:
     begin, end = source.chunk_range(piece.chunk)
     piece.file.read_into(buffer, begin, end)
     progress.read(end - begin)
-    # Imported here, numpy comes in while the first chunks are being read.
-    from headrace_checkpoint.digest import digester
-
-    data = buffer[: end - begin]
-    found = digester(source.digest_algorithm, source.chunk_bytes)(data)
+    found = digest(source.digest_algorithm, source.chunk_bytes, buffer, end - begin)
     if found != source.digests[piece.chunk]:
         raise ChunkMismatch(source, piece.chunk, found)
-    piece.region.write(data, begin)
+    piece.region.write(buffer[: end - begin], begin)
     progress.verified(end - begin)
 
 
