@@ -130,7 +130,12 @@ class _bounded:  # noqa: N801 - used like a function
         self._maximum = maximum
 
     def __call__(self, text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = 0
         if not 1 <= value <= self._maximum:
-            raise argparse.ArgumentTypeError(f"{text}: must be from 1 to {self._maximum}")
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be a whole number from 1 to {self._maximum}"
+            )
         return value

@@ -72,6 +72,17 @@ class StorageError(LoaderError):
     exit_code = os.EX_TEMPFAIL
 
 
+class GpuFailed(LoaderError):
+    """A call of the GPU's driver failed, and not for lack of memory; the driver's own is below."""
+
+    exit_code = os.EX_TEMPFAIL
+
+    @property
+    def reason(self) -> str:
+        """Of subclasses, too."""
+        return "GpuFailed"
+
+
 class RuntimeDirectoryUnusable(LoaderError):
     """A directory the loader writes to, or its port, cannot be used."""
 

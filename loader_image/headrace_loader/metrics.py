@@ -127,6 +127,7 @@ def _ranks(ranks: list[RankState]) -> Iterator[Metric]:
         "Rate of the load, from its begin to its latest byte.",
         labels=way,
     )
+    left = _per_rank("eta_seconds", "Seconds until the last byte of the rank, at its rate so far.")
     path = GaugeMetricFamily(
         "headrace_loader_path_info",
         "1 for the way the bytes take; reason says why no better one.",
@@ -144,7 +145,9 @@ def _ranks(ranks: list[RankState]) -> Iterator[Metric]:
         read.add_metric(taken, rank.read_bytes)
         if rank.bytes_per_second is not None:
             rate.add_metric(taken, rank.bytes_per_second)
-    yield from (size, read, verified, rate, resident, path)
+        if rank.eta_seconds is not None:
+            left.add_metric(label, rank.eta_seconds)
+    yield from (size, read, verified, rate, left, resident, path)
 
 
 def _per_rank(name: str, documentation: str) -> GaugeMetricFamily:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from headrace_handover.server import Offer, Peer
 from headrace_loader.backends import PathPolicy, PathReport
 from headrace_loader.checkpoint import Checkpoint
+from headrace_loader.topology import Locality
 from headrace_loader.worker_protocol import Progressed
 
 _KEPT_ATTACHMENTS = 64
@@ -38,6 +39,7 @@ class RankState:
     progress: Progressed | None = None
     verified_at: float | None = None
     offer: Offer | None = None
+    locality: Locality | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -50,6 +52,12 @@ class RankState:
         if self.progress is None or self.progress.last_byte is None:
             return None
         return self.progress.read / max(1e-6, self.progress.last_byte - self.progress.began)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the last byte at that rate; None before the first byte."""
+        rate = self.bytes_per_second
+        return (self.total_bytes - self.read_bytes) / rate if rate else None
 
 
 @dataclass(slots=True)
@@ -156,6 +164,20 @@ class LoaderState:
     def total_bytes(self) -> int:
         """Bytes of weights of all ranks, 0 before the manifest is read."""
         return sum(rank.total_bytes for rank in self.ranks)
+
+    @property
+    def slowest(self) -> RankState | None:
+        """The rank with the lowest rate, which sets the time; None while one has none."""
+        if any(rank.bytes_per_second is None for rank in self.ranks):
+            return None
+        return min(self.ranks, key=lambda rank: rank.bytes_per_second or 0.0, default=None)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until all ranks have their last byte; None while one has no rate."""
+        left = [rank.eta_seconds for rank in self.ranks]
+        known = [seconds for seconds in left if seconds is not None]
+        return max(known) if known and len(known) == len(left) else None
 
     @property
     def read_bytes(self) -> int:

@@ -20,6 +20,8 @@ def status(state: LoaderState) -> dict[str, object]:
             "readBytes": state.read_bytes,
             "bytesPerSecond": rate,
             "gibPerSecond": _gib(rate),
+            "etaSeconds": _tenths(state.eta_seconds),
+            "slowestRank": state.slowest.rank if state.slowest else None,
             "directPath": _direct_path(state),
             "ranks": [_rank(rank) for rank in state.ranks],
             "engines": [_attachment(item) for item in (*state.ended, *state.attached.values())],
@@ -66,6 +68,8 @@ def _rank(rank: RankState) -> dict[str, object]:
         "verifiedBytes": progress.verified if progress else 0,
         "bytesPerSecond": rank.bytes_per_second,
         "gibPerSecond": _gib(rank.bytes_per_second),
+        "etaSeconds": _tenths(rank.eta_seconds),
+        "gpu": rank.locality.document() if rank.locality else None,
         "path": rank.path.path if rank.path else None,
         "pathReason": rank.path.reason if rank.path else None,
         "times": {
@@ -91,6 +95,10 @@ def _total_rate(ranks: list[RankState]) -> float | None:
         return None
     seconds = max(last) - min(part.began for part in parts)
     return sum(part.read for part in parts) / max(1e-6, seconds)
+
+
+def _tenths(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _gib(rate: float | None) -> float | None:

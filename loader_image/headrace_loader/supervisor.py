@@ -322,6 +322,7 @@ class Supervisor:
         with self._state.changing():
             if isinstance(message, PathChosen):
                 rank.device, rank.path = message.device, message.report
+                rank.locality = message.locality
             if isinstance(message, Progressed):
                 rank.progress = message
         if isinstance(message, PathChosen):
@@ -357,6 +358,8 @@ class Supervisor:
         fallback = self._options.policy is PathPolicy.PREFER and not report.direct
         level = "warning" if fallback or report.reason else "info"
         fields: dict[str, object] = {"path": report.path, "reason": report.reason}
+        if rank.locality is not None:
+            fields["gpu"] = rank.locality.document()
         if self._options.policy is not PathPolicy.OFF:
             fields |= {
                 "gpuDirect": report.direct,

@@ -1,4 +1,4 @@
-"""What the loader asks the kernel about itself: its start, its memory, whether it ran out."""
+"""What the loader asks the kernel about itself: its start, memory and CPUs, whether it ran out."""
 
 import os
 import resource
@@ -48,6 +48,23 @@ def oom_kills() -> int:
         return 0
     counts = dict(line.split() for line in lines)
     return int(counts.get("oom_kill", 0))
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may keep busy: those it may run on, or the container's limit.
+
+    Source: Documentation/admin-guide/cgroup-v2, cpu.max; cgroup-v1's cpu.cfs_quota_us.
+    """
+    mine = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            fields = [word for name in names for word in (_CGROUP / name).read_text().split()]
+            quota, period = map(int, fields)
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+        if quota > 0:
+            return max(1, min(mine, -(-quota // period)))
+    return mine
 
 
 def _memory_limit() -> int | None:

@@ -1,10 +1,14 @@
 """Which GPU a worker uses, and which CPUs are near it, so that threads and buffers are, too.
 
+The RDMA devices near it are reported, for cuFile and the network choose those themselves.
+
 A copy between a GPU and memory of the other socket crosses the link between sockets, which is
 slower than PCIe and shared by all GPUs.
 """
 
 import os
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace_loader.errors import BackendUnavailable
@@ -14,19 +18,67 @@ SYSFS = Path("/sys")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def near_cpus(pci_bus_id: str, sysfs: Path = SYSFS) -> frozenset[int] | None:
-    """Return the CPUs near a PCI device; None where the machine does not tell.
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """Where a GPU is in the machine, as far as the machine tells: "", None and () where not.
+
+    `nics` are the RDMA devices below the same PCI switch, or else on the same NUMA node.
+    """
+
+    pci_bus_id: str
+    numa_node: int | None = None
+    cpus: tuple[int, ...] = ()
+    nics: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, object]:
+        """Return it as status and log have it."""
+        return {
+            "pciBusId": self.pci_bus_id,
+            "numaNode": self.numa_node,
+            "cpus": list(self.cpus),
+            "nics": list(self.nics),
+        }
+
+
+def locality(pci_bus_id: str, sysfs: Path = SYSFS) -> Locality:
+    """Look a PCI device up in sysfs.
 
     `pci_bus_id` is domain:bus:device.function in hexadecimal, as the driver gives it (the
     domain may have eight digits; sysfs has four). Source: Documentation/ABI/testing/sysfs-bus-pci,
-    local_cpulist.
+    local_cpulist and numa_node.
     """
     domain, _, rest = pci_bus_id.lower().partition(":")
-    path = sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}" / "local_cpulist"
+    device = sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}"
     try:
-        return parse_cpu_list(path.read_text()) or None
+        cpus = parse_cpu_list((device / "local_cpulist").read_text())
+    except (OSError, ValueError):
+        cpus = frozenset()
+    return Locality(pci_bus_id, _numa_node(device), tuple(sorted(cpus)), _near_nics(device, sysfs))
+
+
+def _numa_node(device: Path) -> int | None:
+    try:
+        number = int((device / "numa_node").read_text())
     except (OSError, ValueError):
         return None
+    return number if number >= 0 else None  # -1 where the firmware does not tell
+
+
+def _near_nics(device: Path, sysfs: Path) -> tuple[str, ...]:
+    """Names of the RDMA devices that share most bridges with a device, else its NUMA node.
+
+    A device's real path names all bridges above it, the root complex first.
+    """
+    bridge = device.resolve().parent
+    root = len((sysfs / "devices").resolve().parts) + 1
+    found: dict[str, int] = {}
+    for nic in sorted((sysfs / "class/infiniband").glob("*/device")):
+        shared = len(Path(os.path.commonpath([bridge, nic.resolve().parent])).parts)
+        node = _numa_node(nic)
+        if shared > root or (node is not None and node == _numa_node(device)):
+            found[nic.parent.name] = max(shared, root)
+    nearest = max(found.values(), default=0)
+    return tuple(name for name, shared in found.items() if shared == nearest)
 
 
 def parse_cpu_list(text: str) -> frozenset[int]:
@@ -41,13 +93,13 @@ def parse_cpu_list(text: str) -> frozenset[int]:
     return frozenset(cpus)
 
 
-def run_near(pci_bus_id: str, sysfs: Path = SYSFS) -> frozenset[int] | None:
-    """Keep this process, and memory it touches first, near a PCI device.
+def run_near(cpus: Collection[int]) -> frozenset[int] | None:
+    """Keep this process, and memory it touches first, on some CPUs.
 
-    Returns the CPUs it now runs on; None where it stays as it was: the machine does not tell
-    what is near, or the container may use none of it.
+    Returns the CPUs it now runs on; None where it stays as it was: none are given, or the
+    container may use none of them.
     """
-    near = (near_cpus(pci_bus_id, sysfs) or frozenset()) & os.sched_getaffinity(0)
+    near = frozenset(cpus) & os.sched_getaffinity(0)
     if not near:
         return None
     os.sched_setaffinity(0, near)

@@ -107,13 +107,12 @@ def summary(status: Status) -> str:
     """Return one line about the end: phase, bytes, rate, and the slowest rank."""
     if status["phase"] == Phase.FAILED:
         return f"Failed: {status['reason']}: {status['message']}"
-    rates = {r["rank"]: r["gibPerSecond"] for r in status["ranks"] if r["gibPerSecond"] is not None}
     line = f"{status['phase']}: {status['message']}"
-    if rates:
-        slowest = min(rates, key=lambda rank: rates[rank])
+    slowest = next((r for r in status["ranks"] if r["rank"] == status["slowestRank"]), None)
+    if slowest is not None:
         line += (
             f"; {status['totalBytes']} bytes at {status['gibPerSecond']} GiB/s, "
-            f"slowest rank {slowest} at {rates[slowest]} GiB/s"
+            f"slowest rank {slowest['rank']} at {slowest['gibPerSecond']} GiB/s"
         )
     return line
 
@@ -142,7 +141,10 @@ def _answer(ask: Callable[[], Status], timeout: float) -> Status:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds") from None
     if not 0 < value <= _MAX_SECONDS:  # neither is NaN
         raise argparse.ArgumentTypeError(f"{text}: must be above 0, at most {_MAX_SECONDS:g}")
     return value

@@ -15,6 +15,7 @@ from typing import NoReturn
 from headrace_handover.channel import Channel
 from headrace_handover.errors import HandoverError
 from headrace_loader.backends import (
+    Backend,
     BackendOptions,
     ChunkMismatch,
     PathReport,
@@ -74,9 +75,9 @@ def _end() -> NoReturn:
 class ProgressReporter:
     """Counts what the backend reports and passes it on, ten times a second at most."""
 
-    def __init__(self, link: SupervisorLink, device: str) -> None:
+    def __init__(self, link: SupervisorLink, backend: Backend) -> None:
         self._link = link
-        self._device = device
+        self._backend = backend
         self._lock = threading.Lock()
         self._read = 0
         self._verified = 0
@@ -88,7 +89,8 @@ class ProgressReporter:
 
     def path(self, report: PathReport) -> None:
         """Pass the path on; reading begins then."""
-        self._link.send(PathChosen(self._device, report))
+        backend = self._backend
+        self._link.send(PathChosen(backend.device, report, backend.locality))
         self._began = time.time()
 
     def read(self, nbytes: int) -> None:
@@ -143,7 +145,7 @@ def _load(name: str, options: BackendOptions, link: SupervisorLink) -> None:
     if not content:
         _end()
     sources = decode_plan(content)
-    progress = ProgressReporter(link, backend.device)
+    progress = ProgressReporter(link, backend)
     regions: list[Region] = [backend.allocate(source.nbytes) for source in sources]
     try:
         backend.fill(list(zip(regions, sources, strict=True)), progress)

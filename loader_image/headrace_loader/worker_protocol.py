@@ -13,16 +13,18 @@ from pathlib import Path
 
 from headrace_loader.backends import PartSource, PathReport
 from headrace_loader.errors import InternalError
+from headrace_loader.topology import Locality
 
 MAX_LINE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class PathChosen:
-    """The device is open and the way of the bytes is known."""
+    """The device is open and the way of the bytes is known; `locality` is a GPU's."""
 
     device: str
     report: PathReport
+    locality: Locality | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ def decode(line: bytes) -> Message:
         kind = _KINDS[content.pop("kind")]
         if kind is PathChosen:
             content["report"] = PathReport(**content["report"])
+            if content["locality"] is not None:
+                content["locality"] = Locality(**content["locality"])
         if kind is Filled:
             content["region_bytes"] = tuple(content["region_bytes"])
         return kind(**content)

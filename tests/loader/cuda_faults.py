@@ -1,11 +1,12 @@
-"""Lets each call of the stand-in for the GPU driver fail once: a script of its own.
+"""Lets each call of the stand-in for the GPU driver fail, in two ways: a script of its own.
 
     LD_LIBRARY_PATH=... python cuda_faults.py CHECKPOINT MOVER
 
 First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
 with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
 read to the same place, also where it takes files and refuses to read. Then one for every call,
-which fails. Prints one line of JSON for each: the call, the way, and what the load ended with.
+which fails for lack of memory, and for a defect of the GPU's. Prints one line of JSON for each: the
+call, the way, the code, and what the load ended with.
 """
 
 import ctypes
@@ -21,6 +22,7 @@ from headrace_loader.errors import LoaderError, StorageError
 
 UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 """They take back what a process that ends gives back, are of GPUDirect, or for a message."""
+OUT_OF_MEMORY, DEFECT = 2, 214  # CUDA_ERROR_ECC_UNCORRECTABLE
 WAYS = {
     "compiled": PathPolicy.OFF,
     "interpreted": PathPolicy.OFF,
@@ -96,13 +98,13 @@ def load(checkpoint: Path, policy: PathPolicy) -> str:
     return "loaded"
 
 
-def in_a_child(call: str, way: str) -> str:
-    """Let `call` fail for lack of memory in a process of its own; returns how the load ended."""
+def in_a_child(call: str, way: str, code: int) -> str:
+    """Let `call` fail with `code` in a process of its own; returns how the load ended."""
     checkpoint, mover = map(Path, sys.argv[1:])
     reading_end, writing_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.environ["FAKE_CUDA_FAIL"] = f"{call}:2"
+        os.environ["FAKE_CUDA_FAIL"] = f"{call}:{code}"
         reading.is_cached = lambda *_: way != "direct"
         found = native.mover(mover) if way == "compiled" else None
         native.mover = lambda: found
@@ -120,8 +122,9 @@ def in_a_child(call: str, way: str) -> str:
 
 def main() -> None:
     """Print a line for each."""
-    for call, way in (*(("none", way) for way in WAYS), *((call, "compiled") for call in calls())):
-        line = {"call": call, "way": way, "end": in_a_child(call, way)}
+    faults = [(call, "compiled", code) for code in (OUT_OF_MEMORY, DEFECT) for call in calls()]
+    for call, way, code in (*(("none", way, 0) for way in WAYS), *faults):
+        line = {"call": call, "way": way, "code": code, "end": in_a_child(call, way, code)}
         sys.stdout.write(json.dumps(line) + "\n")
 
 

@@ -23,7 +23,7 @@ def test_host_run_ends_with_the_promised_line(tmp_path: Path) -> None:
     assert "step 1 of 1" in done.stderr
     line = json.loads(done.stdout)
     assert line["device"] == "host"
-    assert line["path"] in ("O_DIRECT", "buffered")
+    assert line["path"] in ("O_DIRECT", "PageCache", "buffered")
     assert line["warm_ratio_vs_read"] > 0
     assert line["overhead_s"] > 0
     assert line["attach_ms"] > 0

@@ -74,7 +74,7 @@ def test_fake_cuda_finds_a_flipped_bit(
     assert "tensors b, c)" in termination["message"]
 
 
-def test_fake_cuda_without_memory_at_every_call(
+def test_fake_cuda_fails_at_every_call_for_memory_and_for_defects(
     support: Any, tmp_path: Path, fake_cuda: str
 ) -> None:
     support.make_checkpoint(
@@ -92,15 +92,24 @@ def test_fake_cuda_without_memory_at_every_call(
     lines = list(map(json.loads, done.stdout.splitlines()))
     undisturbed = [line["end"] for line in lines if line["call"] == "none"]
     assert undisturbed == [*["loaded"] * 5, "DirectPathUnavailable"]
-    ends = {line["call"]: line["end"] for line in lines if line["call"] != "none"}
     opening = {"cuInit", "cuDeviceGet", "cuDeviceGetPCIBusId", "cuDevicePrimaryCtxRetain"}
-    defects = {"cuDeviceGetUuid_v2", "cuMemExportToShareableHandle"}
-    assert len(ends) > 20
-    # Only compiled code calls it: Python does the rest of the load, without it.
-    assert ends.pop("cuStreamWaitEvent") == "loaded"
-    for call, end in ends.items():
-        if call in defects:
-            assert end == f"CudaError: {call}: CUDA_ERROR_OUT_OF_MEMORY"
-        else:
-            unopened = call in opening | {"cuCtxSetCurrent"}
-            assert end == ("BackendUnavailable" if unopened else "OutOfMemory"), call
+    unopened = opening | {"cuCtxSetCurrent"}
+    small = {"cuDeviceGetUuid_v2", "cuMemExportToShareableHandle"}  # where no memory can be missing
+    for code, reason in ((2, "OutOfMemory"), (214, "GpuFailed")):
+        ends = {line["call"]: line["end"] for line in lines if line["code"] == code}
+        assert len(ends) > 20
+        # Only compiled code calls it: Python does the rest of the load, without it.
+        assert ends.pop("cuStreamWaitEvent") == "loaded"
+        for call, end in ends.items():
+            expected = "GpuFailed" if call in small else reason
+            assert end == ("BackendUnavailable" if call in unopened else expected), (call, code)
+
+
+def test_pinned_memory_is_bounded(fake_cuda: str) -> None:
+    code = (
+        "from headrace_loader.cuda.lanes import pinned_bytes\n"
+        "print(*map(pinned_bytes, (1, 12, 128, 256)))"
+    )
+    environment = os.environ | {"LD_LIBRARY_PATH": fake_cuda}
+    out = subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=60)
+    assert list(map(int, out.split())) == [8 << 20, 96 << 20, 1 << 30, 1 << 30]

@@ -44,6 +44,8 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setattr(gds, name, tmp_path / name)
     monkeypatch.delenv("CUFILE_LOGFILE_PATH", raising=False)
     monkeypatch.setenv("CUFILE_ALLOW_COMPAT_MODE", "true")
+    monkeypatch.setenv("CUFILE_FORCE_COMPAT_MODE", "true")
+    monkeypatch.setenv("CUFILE_ENV_PATH_JSON", str(tmp_path / "none.json"))
     return tmp_path
 
 
@@ -82,7 +84,27 @@ def test_cufile_writes_no_log_into_the_working_directory(node: Path, kvikio: Fak
     assert gds.probe(wanted=True).available
     assert os.environ["CUFILE_LOGFILE_PATH"] == "/dev/null"
     assert kvikio.settings["compat_mode"] == "off"  # never through host memory in silence
-    assert os.environ["CUFILE_ALLOW_COMPAT_MODE"] == "false"  # nor in cuFile's, which is another
+    # Nor in cuFile's own mode, which is another.
+    for mode in ("ALLOW", "FORCE"):
+        assert os.environ[f"CUFILE_{mode}_COMPAT_MODE"] == "false"
+
+
+@pytest.mark.parametrize(("number", "available"), [(0, True), (16, False)])
+def test_a_setting_by_which_cufile_copies_all_the_same(
+    node: Path,
+    kvikio: FakeKvikio,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    available: bool,
+) -> None:
+    path = node / "cufile.json"
+    path.write_text(
+        f'{{"fs": {{\n // "posix_gds_min_kb": 4\n "lustre": {{"posix_gds_min_kb" : {number}}}}}}}'
+    )
+    monkeypatch.setenv("CUFILE_ENV_PATH_JSON", str(path))
+    probe = gds.probe(wanted=True)
+    assert probe.available == available
+    assert (f"{path}: posix_gds_min_kb: {number}: must be 0" in probe.message) != available
 
 
 def test_cufile_has_the_last_word(node: Path, kvikio: FakeKvikio) -> None:

@@ -29,15 +29,15 @@ def mapped(item: Any) -> mmap.mmap:
     return mmap.mmap(item.descriptor, item.region.nbytes, prot=mmap.PROT_READ)
 
 
-@pytest.mark.parametrize("algorithm", ["sha256", "multilinear64"])
+@pytest.mark.parametrize(("algorithm", "ranks"), [("sha256", 2), ("multilinear64", 8)])
 def test_every_rank_and_part_equals_its_file(
-    support: Any, start_loader: Callable[..., Any], tmp_path: Path, algorithm: str
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path, algorithm: str, ranks: int
 ) -> None:
     directory = tmp_path / "checkpoint"
-    manifest = support.make_checkpoint(directory, ranks=2, parts=TWO_PARTS, algorithm=algorithm)
-    loader = start_loader(directory, "--tensor-parallel-size", "2")
+    manifest = support.make_checkpoint(directory, ranks=ranks, parts=TWO_PARTS, algorithm=algorithm)
+    loader = start_loader(directory, "--tensor-parallel-size", str(ranks))
     loader.until_phase("Ready")
-    for rank in (0, 1):
+    for rank in range(ranks):
         with attach(loader.socket, rank=rank, device="host", timeout=10) as attachment:
             parts = manifest.rank_parts(rank)
             assert [item.region.part for item in attachment.regions] == [0, 1]
@@ -107,6 +107,9 @@ def test_status_tells_sizes_path_rates_and_times(
     status = loader.until_phase("Ready")
     assert status["totalBytes"] == status["readBytes"] == manifest.total_bytes
     assert status["bytesPerSecond"] > 0
+    assert status["etaSeconds"] == 0
+    slowest = min(status["ranks"], key=lambda rank: rank["bytesPerSecond"])
+    assert status["slowestRank"] == slowest["rank"]
     assert status["directPath"] == {
         "policy": "Prefer",
         "active": False,
@@ -118,8 +121,9 @@ def test_status_tells_sizes_path_rates_and_times(
     for rank in status["ranks"]:
         assert rank["resident"]
         assert rank["verifiedBytes"] == rank["readBytes"] == rank["totalBytes"]
-        assert rank["path"] in ("O_DIRECT", "buffered")
+        assert rank["path"] in ("O_DIRECT", "PageCache", "buffered")
         assert (rank["path"] == "buffered") == bool(rank["pathReason"])
+        assert (rank["etaSeconds"], rank["gpu"]) == (0, None)
         times = rank["times"]
         order = [
             before - 0.1,
@@ -154,7 +158,8 @@ def test_metrics_agree_with_the_status(
     rank = ("rank", "0")
     assert samples["headrace_loader_verified_bytes_total", rank] == manifest.total_bytes
     (way,) = [{**dict(key[1:])} for key in samples if key[0] == "headrace_loader_read_bytes_total"]
-    assert (way["device"], way["path"] in ("O_DIRECT", "buffered")) == ("host", True)
+    assert (way["device"], way["path"] in ("O_DIRECT", "PageCache")) == ("host", True)
+    assert samples["headrace_loader_eta_seconds", rank] == 0
     steps = {dict(key[1:])["step"] for key in samples if key[0].endswith("_step_duration_seconds")}
     assert steps == {"start", "prepare", "load", "worker", "read", "verify"}
     assert samples["headrace_loader_rank_resident", rank] == 1

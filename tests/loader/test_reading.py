@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace_loader import system
 from headrace_loader.backends import BackendOptions, PartSource, PathPolicy, host, reading
 from headrace_loader.backends.host import HostBackend
 from headrace_loader.backends.reading import PartFile
@@ -52,6 +53,47 @@ def test_a_part_that_is_cut_while_it_is_read(part: PartFile, buffer: memoryview)
     os.truncate(part.source.path, 4096 + 4096 + 1000)
     with part, pytest.raises(DigestMismatch, match="it was cut while it was read"):
         part.read_into(buffer, 0, len(CONTENT))
+
+
+def test_a_load_that_is_cached_in_part_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for number in range(3):
+        path = tmp_path / f"part{number}"
+        path.write_bytes(bytes(8192))
+        monkeypatch.setattr(reading, "is_cached", lambda *_, first=number == 0: first)
+        files.append(PartFile(PartSource(path, 4096, 4096, 4096, "sha256", ("0",))))
+    direct = files[1].path
+    report = reading.staged(files, "X", "")
+    assert report.path == "mixed"
+    assert report.reason.startswith(f"1 of 3 files by PageCache, 2 of 3 files by {direct}")
+    alone = reading.staged(files[:1], "X", "")
+    assert (alone.path, alone.reason) == ("PageCache", "")
+    for file in files:
+        file.close()
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_threads_keep_to_the_containers_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: int | None
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(system, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert system.usable_cpus() == (cpus or 16)
 
 
 @pytest.mark.parametrize(("chunk_bytes", "threads"), [(4 << 20, 10), (1 << 29, 2), (1 << 30, 1)])

@@ -130,6 +130,48 @@ def test_a_flipped_bit(
     assert f"tensors {tensor})" in message
 
 
+def test_nothing_is_served_of_a_rank_that_is_good_while_another_is_not(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
+    bad = manifest.rank_parts(1)[0]
+    path = tmp_path / "checkpoint" / bad.file
+    content = bytearray(path.read_bytes())
+    content[bad.data_offset] ^= 1
+    path.write_bytes(content)
+    held = [support.hold(path)]
+    loader = start_loader(tmp_path / "checkpoint", "--tensor-parallel-size", "2")
+
+    def unblock(_: Any) -> None:
+        if held and loader.status()["ranks"][0]["resident"]:
+            os.close(held.pop())
+
+    with pytest.raises(Refused, match="DigestMismatch"):
+        attach(loader.socket, rank=0, device="host", timeout=60, on_progress=unblock)
+    assert not held
+    assert failed(loader, 65)[0] == "DigestMismatch"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--port", "abc", "abc: must be a whole number from 1 to 65535"),
+        ("--read-threads", "0", "0: must be a whole number from 1 to 256"),
+    ],
+)
+def test_wrong_numbers(tmp_path: Path, option: str, value: str, rule: str) -> None:
+    command = [sys.executable, "-m", "headrace_loader", "--backend", "host", option, value]
+    done = subprocess.run(
+        [*command, "--checkpoint", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == os.EX_USAGE
+    assert f"{option}: {rule}" in done.stderr
+
+
 def test_a_part_that_was_cut(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from headrace_loader.errors import BackendUnavailable
+from headrace_loader.topology import Locality
 
 POLICY_OFF = "PolicyOff"
 POLICY_OFF_MESSAGE = "spec.loading.path is Off"
@@ -35,9 +36,10 @@ class PathPolicy(enum.StrEnum):
 class PathReport:
     """How the bytes travel. What is reported is what is done, never what was asked for.
 
-    `path` names the way, such as O_DIRECT or buffered; `reason` says why no better way is
-    taken and is empty where there is none. `direct` is True only for real GPUDirect;
-    otherwise `direct_reason` (CamelCase) and `direct_message` say why not.
+    `path` names the way: GPUDirect, O_DIRECT, PageCache, buffered (the file system refuses direct
+    reads), or mixed. `reason` says why no better way is taken and is empty where there is none.
+    `direct` is True only for real GPUDirect; otherwise `direct_reason` (CamelCase) and
+    `direct_message` say why not.
     """
 
     path: str
@@ -108,6 +110,10 @@ class Backend(Protocol):
     @property
     def device(self) -> str:
         """Where the memory is: "host" or "GPU-<uuid>"; engines must ask for the same."""
+
+    @property
+    def locality(self) -> Locality | None:
+        """Where a GPU is in the machine; None for memory of the host."""
 
     def allocate(self, nbytes: int) -> Region:
         """Allocate a region; raises OutOfMemory."""

@@ -33,11 +33,12 @@ from headrace_loader.cuda.runs import Run, cut
 from headrace_loader.errors import (
     BackendUnavailable,
     DirectPathUnavailable,
+    GpuFailed,
     InternalError,
     OutOfMemory,
     StorageError,
 )
-from headrace_loader.topology import run_near
+from headrace_loader.topology import locality, run_near
 
 _NO_MOVER = "the loader was built without a C compiler, which makes it slower"
 
@@ -72,14 +73,15 @@ class CudaBackend:
         self._direct = gds.probe(options.policy is not PathPolicy.OFF)
         if options.policy is PathPolicy.REQUIRE and not self._direct.available:
             raise DirectPathUnavailable(f"--path Require: {self._direct.message}")
-        run_near(self._opening.bus_id())  # memory that is touched from here on is near, too
+        self.locality = locality(self._opening.bus_id())
+        run_near(self.locality.cpus)  # memory that is touched from here on is near, too
         self._buffers = HostBuffer(pinned_bytes(options.read_threads))
 
     @cached_property
     def _device(self) -> Device:
         return self._opening.device()
 
-    @property
+    @cached_property
     def device(self) -> str:
         """GPU-<uuid>."""
         return self._device.uuid
@@ -90,12 +92,18 @@ class CudaBackend:
             return CudaRegion(self._device.allocate(nbytes))
         except CudaError as error:
             if not error.out_of_memory:
-                raise
+                raise self._failed(error) from None
             raise OutOfMemory(
                 f"{self.device}: {nbytes} bytes for one region: "
                 f"{self._device.free_bytes()} bytes are free; use more GPUs "
                 "(spec.parallelism.tensorParallelSize) or end what else uses this one"
             ) from None
+
+    def _failed(self, error: CudaError) -> GpuFailed:
+        return GpuFailed(
+            f"{self.device}: {error}: the GPU or its driver failed; look for Xid in the node's "
+            "kernel log, and drain the node if it happens again"
+        )
 
     def fill(self, transfers: Sequence[tuple[Region, PartSource]], progress: Progress) -> None:
         """Move all chunks, digests behind them on the GPU, and compare at the end."""
@@ -103,7 +111,7 @@ class CudaBackend:
             self._fill(transfers, progress)
         except CudaError as error:
             if not error.out_of_memory:
-                raise
+                raise self._failed(error) from None
             raise OutOfMemory(
                 f"{self.device}: {error}: no memory is left beside the weights, on the GPU or for "
                 "pinned buffers; end what else uses this GPU, or raise the container's limit"
@@ -176,13 +184,15 @@ class CudaBackend:
             except (DirectPathUnavailable, StorageError) as error:
                 if self._options.policy is PathPolicy.REQUIRE:
                     raise DirectPathUnavailable(f"--path Require: {error}") from None
-                direct = gds.Probe(False, "FileSystemUnsupported", str(error))
+                refused = isinstance(error, DirectPathUnavailable)
+                reason = "FileSystemUnsupported" if refused else "FirstReadFailed"
+                direct = gds.Probe(False, reason, str(error))
             else:
                 return opened, PathReport("GPUDirect", "", True, "", "")
         self._buffers.pin()
         report = staged(files, direct.reason, direct.message)
-        if report.reason and native.mover() is None:
-            report = replace(report, reason=f"{report.reason}; {_NO_MOVER}")
+        if report.path != "O_DIRECT" and native.mover() is None:
+            report = replace(report, reason="; ".join(filter(None, (report.reason, _NO_MOVER))))
         return {}, report
 
     def _lanes(

@@ -103,6 +103,10 @@ class HostBackend:
         """Host memory is one device."""
         return DEVICE
 
+    @property
+    def locality(self) -> None:
+        """None: it is everywhere."""
+
     def allocate(self, nbytes: int) -> HostRegion:
         """Reserve address space and a memfd; pages come when they are filled."""
         return HostRegion(nbytes)

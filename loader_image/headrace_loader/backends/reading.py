@@ -7,6 +7,7 @@ would otherwise compete with the weights for memory.
 import errno
 import mmap
 import os
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -14,6 +15,7 @@ from typing import Self
 from headrace_checkpoint.files import NotRegularFile, open_regular
 from headrace_loader.backends import PartSource, PathReport
 from headrace_loader.errors import CheckpointMissing, DigestMismatch, StorageError
+from headrace_loader.system import usable_cpus
 
 ALIGNMENT = 4096
 """Bytes. Offsets, lengths and addresses of direct reads are multiples of it."""
@@ -26,7 +28,8 @@ _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 class PartFile:
     """An open part; `buffered_reason` is empty while reads are direct.
 
-    A file that the page cache holds (`cached`) is read from there: that beats storage.
+    A file that the page cache holds (`cached`) is read from there: that beats storage. `path` is
+    the way's name in reports.
     """
 
     def __init__(self, source: PartSource) -> None:
@@ -47,13 +50,23 @@ class PartFile:
             ) from None
         except OSError as error:
             self.close()
-            raise StorageError(f"{source.path}: opening failed: {error.strerror}") from None
+            raise StorageError(
+                f"{source.path}: opening failed: {error.strerror}; check the volume's mount and "
+                "permissions"
+            ) from None
         expected = source.offset + source.nbytes
         if size != expected:
             self.close()
             raise DigestMismatch(
                 f"{source.path}: {size} bytes: the manifest says {expected}; shard the model again"
             )
+
+    @property
+    def path(self) -> str:
+        """How it is read."""
+        if self.cached:
+            return "PageCache"
+        return "buffered" if self.buffered_reason else "O_DIRECT"
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +114,7 @@ class PartFile:
         except OSError as error:
             raise StorageError(
                 f"{self.source.path}: reading {len(view)} bytes at {offset} failed: "
-                f"{error.strerror}"
+                f"{error.strerror}; look at the file system's health"
             ) from None
 
     def _open(self) -> int:
@@ -138,10 +151,14 @@ class PartFile:
 
 def staged(files: Sequence[PartFile], direct_reason: str, direct_message: str) -> PathReport:
     """Report that the bytes go through host memory, and by which kind of read."""
-    buffered = next((file.buffered_reason for file in files if file.buffered_reason), "")
+    ways = Counter(file.path for file in files)
+    reasons = {file.buffered_reason: None for file in files if file.path == "buffered"}
+    if len(ways) > 1:
+        counts = (f"{count} of {len(files)} files by {way}" for way, count in ways.items())
+        reasons = dict.fromkeys((", ".join(counts), *reasons))
     return PathReport(
-        path="buffered" if buffered else "O_DIRECT",
-        reason=buffered,
+        path="mixed" if len(ways) > 1 else next(iter(ways)),
+        reason="; ".join(reasons),
         direct=False,
         direct_reason=direct_reason,
         direct_message=direct_message,
@@ -154,7 +171,7 @@ def threads_for(files: Sequence[PartFile], most: int) -> int:
     Reads from the page cache never wait: more threads than CPUs are in each other's way.
     """
     if all(file.cached for file in files):
-        return min(most, len(os.sched_getaffinity(0)))
+        return min(most, usable_cpus())
     return most
 
 

@@ -19,6 +19,8 @@ from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_ubyte, c
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from headrace_loader.errors import GpuFailed
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -46,7 +48,7 @@ u64 = ctypes.c_ulonglong
 """A CUdeviceptr, a CUmemGenericAllocationHandle, or a size in a kernel's arguments."""
 
 
-class CudaError(Exception):
+class CudaError(GpuFailed):
     """A driver call failed; `out_of_memory` tells the one cause a user can mend."""
 
     def __init__(self, call: str, code: int) -> None:

@@ -6,6 +6,7 @@ data through host memory and calls that success.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from headrace_loader.errors import DirectPathUnavailable, StorageError
 _NVIDIA_FS = Path("/proc/driver/nvidia-fs/version")
 _MODULES = Path("/proc/modules")
 _UDEV = Path("/run/udev")
+_CONFIGURATION = Path("/etc/cufile.json")
+_COPYING = re.compile(r'"posix_gds_min_kb"\s*:\s*(\d+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +31,14 @@ class Probe:
 
 
 def probe(wanted: bool) -> Probe:
-    """Look for all that GPUDirect Storage needs, cheapest first; never blocks."""
+    """Look for all that GPUDirect Storage needs, cheapest first; then ask cuFile itself."""
     if not wanted:
         return Probe(False, POLICY_OFF, POLICY_OFF_MESSAGE)
-    if not _MODULES.exists():
-        return Probe(
-            False, "ModulesUnreadable", f"{_MODULES} does not exist, cuFile cannot start without it"
-        )
+    try:
+        _MODULES.read_bytes()
+    except OSError as error:
+        message = f"{_MODULES}: {error.strerror}: cuFile cannot start without it"
+        return Probe(False, "ModulesUnreadable", message)
     if not _NVIDIA_FS.exists():
         return Probe(
             False,
@@ -45,13 +49,34 @@ def probe(wanted: bool) -> Probe:
         return Probe(
             False, "UdevUnreadable", f"{_UDEV} is not readable: mount it read-only into the pod"
         )
+    if copies := _copying_setting():
+        return Probe(False, "CuFileConfiguration", copies)
     return _probe_library()
+
+
+def _copying_setting() -> str:
+    """Return what is wrong with a setting that has cuFile copy through host memory all the same.
+
+    Source: NVIDIA, cuFile API reference, "cuFile Compatibility Mode", lustre:posix_gds_min_kb.
+    """
+    path = Path(os.environ.get("CUFILE_ENV_PATH_JSON", _CONFIGURATION))
+    try:
+        text = path.read_text()
+    except OSError:
+        return ""  # its defaults apply
+    for number in _COPYING.findall(re.sub(r"(?m)^\s*//.*$", "", text)):
+        if int(number):
+            return (
+                f"{path}: posix_gds_min_kb: {number}: must be 0, or cuFile reads by POSIX; set it"
+            )
+    return ""
 
 
 def _probe_library() -> Probe:
     os.environ.setdefault("CUFILE_LOGFILE_PATH", "/dev/null")
     # Whatever cufile.json says: what cuFile would copy through host memory, it has to refuse.
     os.environ["CUFILE_ALLOW_COMPAT_MODE"] = "false"
+    os.environ["CUFILE_FORCE_COMPAT_MODE"] = "false"
     try:
         import kvikio
         import kvikio.cufile_driver
