@@ -25,6 +25,7 @@ import datetime as dt
 import json
 import os
 import platform
+import select
 import shutil
 import signal
 import socket
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 BEGAN = time.monotonic()
+PEER_SECONDS = 300  # for an answer of a peer: some hang
 MARGIN = GIB  # bytes of storage to leave free
 
 
@@ -155,7 +157,8 @@ class Peer:
 
     def __init__(self, name: str, device: str, threads: int) -> None:
         self.name = name
-        environment = os.environ | {"BENCH_THREADS": str(threads)}
+        streams = {"RUNAI_STREAMER_CONCURRENCY": str(threads)}
+        environment = os.environ | {"BENCH_THREADS": str(threads)} | streams
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "peers.py"), name, device],
             stdin=subprocess.PIPE,
@@ -169,6 +172,10 @@ class Peer:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], PEER_SECONDS)[0]:
+            self._process.kill()
+            said = f"no answer in {PEER_SECONDS} s"
+            return {"missing": said, "error": said}
         line = self._process.stdout.readline()
         return json.loads(line) if line else {"missing": "it died", "error": "it died"}
 
@@ -278,6 +285,10 @@ def headline(points: list[Point], plan: Plan) -> dict[str, object]:
     peers = [(ratio, peer) for peer in PEERS if (ratio := lowest(large, "headrace", peer))]
     ratio_vs_best, best_peer = min(peers, default=(None, None))
     warm = lowest(large, "headrace", "limit")
+    alike = [
+        (p, many) for p in large for many in points if many.name == "moe" and many.gib == p.gib
+    ]
+    many = [round(many["headrace"].median / p["headrace"].median, 4) for p, many in alike]
     on_gpu = plan.target.name == "cuda"
     return {
         "warm_ratio_vs_pinned": warm if on_gpu else None,
@@ -288,6 +299,7 @@ def headline(points: list[Point], plan: Plan) -> dict[str, object]:
         "attach_ms": round(max(point["attach_ms"].median for point in large), 3),
         "best_peer": best_peer,
         "ratio_vs_best_peer": ratio_vs_best,
+        "many_tensors_ratio": min(many, default=None),
         "path": last.path,
         "device": plan.target.device,
         "backend": plan.target.name,

@@ -1,5 +1,6 @@
 """Bad input and bad surroundings: a reason in the termination log, never a traceback."""
 
+import contextlib
 import json
 import os
 import socket
@@ -235,6 +236,25 @@ def test_a_waiting_engine_is_told_why(
     with pytest.raises(Refused, match="DigestMismatch"):
         attach(loader.socket, rank=0, device="host", timeout=60, on_progress=unblock)
     assert failed(loader, 65)[0] == "DigestMismatch"
+
+
+def test_a_loader_is_unharmed_by_thousands_of_connections(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until_phase("Ready")
+    process = Path(f"/proc/{loader.process.pid}")
+    with contextlib.ExitStack() as stack:
+        for _ in range(1000):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            sock.connect(str(loader.socket))
+        assert len(list((process / "task").iterdir())) < 100
+        assert len(list((process / "fd").iterdir())) < 200
+        refused = 'headrace_loader_refused_connections_total{reason="TooManyConnections"}'
+        loader.until(lambda _: refused in loader.get("/metrics").text)
+    with attach(loader.socket, rank=0, device="host", timeout=10) as attachment:
+        assert len(attachment.regions) == 1
 
 
 def test_a_port_that_is_taken(

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,28 @@ def test_a_load_is_watched_to_its_end(
         out = headrace("load", "--watch", url(loader), *option)
         assert (out.returncode, out.stderr) == (0, "")
         assert json.loads(out.stdout)["totalBytes"] == total
+
+
+def test_bars_of_a_load_that_is_going_on(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
+    held = support.hold(tmp_path / "checkpoint" / manifest.rank_parts(1)[0].file)
+    loader = start_loader(tmp_path / "checkpoint", "--tensor-parallel-size=2")
+    drawn = tmp_path / "drawn"
+    with drawn.open("wb") as file:
+        process = subprocess.Popen([*HEADRACE, "load", "--watch", url(loader)], stderr=file)
+    deadline = time.monotonic() + 30
+    while "rank 0: 100%" not in drawn.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    text = drawn.read_text()
+    assert "rank 0: 100%" in text
+    assert "rank 1:   0%" in text
+    assert "rank 1: 100%" not in text
+    assert process.poll() is None
+    os.close(held)
+    assert process.wait(60) == 0
+    assert "rank 1: 100%" in drawn.read_text()
 
 
 def test_a_failed_load_is_named(
