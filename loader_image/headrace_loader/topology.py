@@ -22,20 +22,29 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 class Locality:
     """Where a GPU is in the machine, as far as the machine tells: "", None and () where not.
 
-    `nics` are the RDMA devices below the same PCI switch, or else on the same NUMA node.
+    `cpu_list` are the CPUs near it, such as "0-3,8"; `nics` the RDMA devices below the same PCI
+    switch, or else on the same NUMA node.
     """
 
     pci_bus_id: str
     numa_node: int | None = None
-    cpus: tuple[int, ...] = ()
+    cpu_list: str = ""
     nics: tuple[str, ...] = ()
+
+    @property
+    def cpus(self) -> frozenset[int]:
+        """The CPUs near it; none where the machine does not tell."""
+        try:
+            return parse_cpu_list(self.cpu_list)
+        except ValueError:
+            return frozenset()
 
     def document(self) -> dict[str, object]:
         """Return it as status and log have it."""
         return {
             "pciBusId": self.pci_bus_id,
             "numaNode": self.numa_node,
-            "cpus": list(self.cpus),
+            "cpus": self.cpu_list,
             "nics": list(self.nics),
         }
 
@@ -50,10 +59,10 @@ def locality(pci_bus_id: str, sysfs: Path = SYSFS) -> Locality:
     domain, _, rest = pci_bus_id.lower().partition(":")
     device = sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}"
     try:
-        cpus = parse_cpu_list((device / "local_cpulist").read_text())
-    except (OSError, ValueError):
-        cpus = frozenset()
-    return Locality(pci_bus_id, _numa_node(device), tuple(sorted(cpus)), _near_nics(device, sysfs))
+        cpu_list = (device / "local_cpulist").read_text().strip()
+    except OSError:
+        cpu_list = ""
+    return Locality(pci_bus_id, _numa_node(device), cpu_list, _near_nics(device, sysfs))
 
 
 def _numa_node(device: Path) -> int | None:

@@ -63,6 +63,7 @@ def test_what_an_engine_maps_equals_the_files(
     status = loader.until_phase("Ready")
     assert status["ranks"][0]["verifiedBytes"] == manifest.total_bytes
     assert status["directPath"]["active"] is False
+    assert status["ranks"][0]["gpu"]["pciBusId"] == device.pci_bus_id
     with attach(loader.socket, rank=0, device=device.uuid, timeout=60) as weights:
         for item, part in zip(weights.regions, manifest.rank_parts(0), strict=True):
             mapped = mapping.map_read_only(device, item.descriptor, item.region.nbytes)

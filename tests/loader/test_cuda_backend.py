@@ -46,6 +46,7 @@ def test_fake_cuda_holds_what_is_on_disk(
     assert [rank["verifiedBytes"] for rank in status["ranks"]] == [
         sum(part.data_bytes for part in manifest.rank_parts(rank)) for rank in range(2)
     ]
+    assert {rank["gpu"]["pciBusId"] for rank in status["ranks"]} == {"0000:ff:1f.7"}
     for rank in range(2):
         with attach(loader.socket, rank=rank, device=DEVICE, timeout=10) as attachment:
             for item, part in zip(attachment.regions, manifest.rank_parts(rank), strict=True):
