@@ -27,6 +27,7 @@ from headrace_loader.checkpoint import Checkpoint, check_ranks, load_manifest
 from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
 from headrace_loader.errors import (
     PUBLISHED,
+    BackendUnavailable,
     CheckpointMissing,
     InternalError,
     LoaderError,
@@ -52,6 +53,7 @@ HANDOVER_DIRECTORY = "handover"
 _LEASE_POLL_SECONDS = 0.5
 _FAREWELL_SECONDS = 0.3
 _END_SECONDS = 10.0
+_OPENING_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class _Load:
     began: float = field(default_factory=time.time)
     tensors: dict[int, list[tuple[TensorGroup, ...]]] = field(default_factory=dict)
     oom_kills: int = field(default_factory=system.oom_kills)
+    opened_by: float = field(default_factory=lambda: time.monotonic() + _OPENING_SECONDS)
 
 
 class Supervisor:
@@ -256,7 +259,7 @@ class Supervisor:
         load.tensors = {rank: _tensors(checkpoint, rank) for rank in load.missing}
         # Ready says that no worker is left, either.
         while load.running:
-            news = self._next()
+            news = self._next_of(load)
             if isinstance(news, Stop):
                 return False
             self._take(news, load, checkpoint, lease)
@@ -268,6 +271,20 @@ class Supervisor:
             self._state.mark("ready")
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
         return True
+
+    def _next_of(self, load: _Load) -> News:
+        """Wait for news of a load; raises BackendUnavailable where it does not get under way."""
+        opening = [rank.rank for rank in self._state.ranks if rank.path is None]
+        left = load.opened_by - time.monotonic()
+        try:
+            return self._next(max(0.0, left) if opening else None)
+        except queue.Empty:
+            ranks = ", ".join(map(str, opening))
+            raise BackendUnavailable(
+                f"rank {ranks}: GPU, cuFile and the checkpoint's files were not open after "
+                f"{_OPENING_SECONDS:g} s; look at the file system's health, and for Xid in the "
+                "node's kernel log"
+            ) from None
 
     def _start_workers(self) -> _Load:
         options = self._options

@@ -238,6 +238,26 @@ def test_a_waiting_engine_is_told_why(
     assert failed(loader, 65)[0] == "DigestMismatch"
 
 
+def test_what_does_not_open_in_time(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
+    held = support.hold(tmp_path / "checkpoint" / manifest.rank_parts(1)[0].file)
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text(
+        "from headrace_loader import supervisor\nsupervisor._OPENING_SECONDS = 2.0\n"
+    )
+    size = ("--tensor-parallel-size", "2")
+    loader = start_loader(tmp_path / "checkpoint", *size, PYTHONPATH=str(shim))
+    reason, message = failed(loader, 69)
+    os.close(held)
+    assert reason == "BackendUnavailable"
+    assert message.startswith(
+        "rank 1: GPU, cuFile and the checkpoint's files were not open after 2 s"
+    )
+
+
 def test_a_loader_is_unharmed_by_thousands_of_connections(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
