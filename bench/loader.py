@@ -285,10 +285,9 @@ def headline(points: list[Point], plan: Plan) -> dict[str, object]:
     peers = [(ratio, peer) for peer in PEERS if (ratio := lowest(large, "headrace", peer))]
     ratio_vs_best, best_peer = min(peers, default=(None, None))
     warm = lowest(large, "headrace", "limit")
-    alike = [
-        (p, many) for p in large for many in points if many.name == "moe" and many.gib == p.gib
-    ]
-    many = [round(many["headrace"].median / p["headrace"].median, 4) for p, many in alike]
+    rates = {point.gib: point["headrace"].median for point in large}
+    many = [p for p in points if p.name == "moe" and p.gib in rates]
+    many_ratios = [round(p["headrace"].median / rates[p.gib], 4) for p in many]
     on_gpu = plan.target.name == "cuda"
     return {
         "warm_ratio_vs_pinned": warm if on_gpu else None,
@@ -299,7 +298,7 @@ def headline(points: list[Point], plan: Plan) -> dict[str, object]:
         "attach_ms": round(max(point["attach_ms"].median for point in large), 3),
         "best_peer": best_peer,
         "ratio_vs_best_peer": ratio_vs_best,
-        "many_tensors_ratio": min(many, default=None),
+        "many_tensors_ratio": min(many_ratios, default=None),
         "path": last.path,
         "device": plan.target.device,
         "backend": plan.target.name,

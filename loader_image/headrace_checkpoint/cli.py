@@ -32,6 +32,7 @@ from headrace_checkpoint.report import (
     log,
     report_termination,
     talk_to,
+    whole_number,
 )
 from headrace_checkpoint.sharder import ShardRequest, shard
 from headrace_checkpoint.storage import make_directories
@@ -182,11 +183,12 @@ def parser() -> tuple[ArgumentParser, Commands]:
     sharding.add_argument(
         "--output", type=_output, required=True, help="directory to publish the checkpoint at"
     )
-    sharding.add_argument("--tensor-parallel-size", type=_parallel_size, default=1)
-    sharding.add_argument("--pipeline-parallel-size", type=_parallel_size, default=1)
+    size = whole_number(1, _MAX_TENSOR_PARALLEL)
+    sharding.add_argument("--tensor-parallel-size", type=size, default=1)
+    sharding.add_argument("--pipeline-parallel-size", type=size, default=1)
     sharding.add_argument(
         "--expert-parallel-size",
-        type=_parallel_size,
+        type=size,
         default=1,
         help="1, or the tensor parallel size: each rank has whole experts",
     )
@@ -203,12 +205,12 @@ def parser() -> tuple[ArgumentParser, Commands]:
     )
     sharding.add_argument(
         "--part-bytes",
-        type=_natural,
+        type=whole_number(1),
         help=f"size at which a rank's data goes on in another file (at most {DEFAULT_PART_BYTES}, "
         "less where the workers would have none)",
     )
     sharding.add_argument(
-        "--workers", type=_natural, default=1, help="processes that share the work (1)"
+        "--workers", type=whole_number(1), default=1, help="processes that share the work (1)"
     )
     sharding.add_argument(
         "--worker",
@@ -233,20 +235,6 @@ def parser() -> tuple[ArgumentParser, Commands]:
     add_form(verifying, "--output")
     add_form(deleting, "--output")
     return parser, commands
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
-def _parallel_size(text: str) -> int:
-    value = _natural(text)
-    if value > _MAX_TENSOR_PARALLEL:
-        raise argparse.ArgumentTypeError(f"{text}: must be at most {_MAX_TENSOR_PARALLEL}")
-    return value
 
 
 def _output(text: str) -> Path:

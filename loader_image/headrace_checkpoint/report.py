@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,22 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print what is wrong in one sentence, and exit."""
         self.exit(os.EX_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an option that takes a whole number from `least` to `most`."""
+    rule = f"must be a whole number from {least}" + ("" if most is None else f" to {most}")
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text}: {rule}")
+        return value
+
+    return parse
 
 
 def add_form(parser: argparse.ArgumentParser, *names: str) -> None:

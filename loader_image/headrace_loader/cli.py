@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from headrace_checkpoint.report import ArgumentParser, log, report_termination
+from headrace_checkpoint.report import ArgumentParser, log, report_termination, whole_number
 from headrace_loader.backends import BACKENDS, PathPolicy
 from headrace_loader.engine_cache import EngineCacheOptions
 from headrace_loader.errors import InternalError, LoaderError
@@ -92,19 +92,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="headrace-loader",
         description="Load a checkpoint's weights, keep them resident, hand them to engines.",
     )
+    port = whole_number(1, 65535)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="directory of the checkpoint")
-    add("--tensor-parallel-size", type=_bounded(_MAX_RANKS), default=1, help="ranks to load")
-    add("--nodes", type=_bounded(_MAX_RANKS), default=1, help="nodes that share the ranks")
+    add("--tensor-parallel-size", type=whole_number(1, _MAX_RANKS), default=1, help="ranks to load")
+    add("--nodes", type=whole_number(1, _MAX_RANKS), default=1, help="nodes that share the ranks")
     add("--node-rank", type=int, default=0, help="this node, from 0: holds its part of the ranks")
     add("--backend", choices=BACKENDS, required=True, help="memory that holds the weights")
     policies = [str(policy) for policy in PathPolicy]
     add("--path", choices=policies, default="Prefer", help="policy for GPUDirect Storage")
     add("--runtime-dir", type=Path, default=Path("/run/headrace"), help="for socket and lease")
     add("--host", default="0.0.0.0", help="address of the status server")  # noqa: S104
-    add("--port", type=_bounded(65535), default=9400, help="port of the status server")
+    add("--port", type=port, default=9400, help="port of the status server")
     add("--plugin-dir", type=Path, help="directory to copy the engine side to")
-    threads = _bounded(_MAX_READ_THREADS)
+    threads = whole_number(1, _MAX_READ_THREADS)
     add("--read-threads", type=threads, default=12, help="reading threads per rank")
     cache = parser.add_argument_group(
         "compiled code", "keep what the engine compiles for later pods (with --engine-cache-store)"
@@ -113,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine-cache-store", type=Path, help="directory on the volume")
     add("--engine-cache-dir", type=Path, default=Path("/headrace/cache"), help="engine's directory")
     add("--engine-cache-key", type=_file_name, default="engine", help="name of model and engine")
-    add("--engine-port", type=_bounded(65535), default=8000, help="port of the engine's /health")
+    add(
+        "--engine-port",
+        type=port,
+        default=8000,
+        help="port of the engine's /health",
+    )
     return parser
 
 
@@ -121,21 +127,3 @@ def _file_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         raise argparse.ArgumentTypeError(f'{text}: use up to 100 letters, digits, ".", "_", "-"')
     return text
-
-
-class _bounded:  # noqa: N801 - used like a function
-    """A whole number from 1 to `maximum`."""
-
-    def __init__(self, maximum: int) -> None:
-        self._maximum = maximum
-
-    def __call__(self, text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = 0
-        if not 1 <= value <= self._maximum:
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be a whole number from 1 to {self._maximum}"
-            )
-        return value

@@ -8,7 +8,7 @@ _GIB = 1 << 30
 def status(state: LoaderState) -> dict[str, object]:
     """Return the status document. Sizes in bytes, times as Unix times in seconds."""
     with state.reading():
-        rate = _total_rate(state.ranks)
+        rate, slowest = _total_rate(state.ranks), state.slowest
         return {
             "phase": state.phase,
             "reason": state.reason,
@@ -21,7 +21,7 @@ def status(state: LoaderState) -> dict[str, object]:
             "bytesPerSecond": rate,
             "gibPerSecond": _gib(rate),
             "etaSeconds": _tenths(state.eta_seconds),
-            "slowestRank": state.slowest.rank if state.slowest else None,
+            "slowestRank": slowest.rank if slowest else None,
             "directPath": _direct_path(state),
             "ranks": [_rank(rank) for rank in state.ranks],
             "engines": [_attachment(item) for item in (*state.ended, *state.attached.values())],

@@ -62,7 +62,8 @@ def locality(pci_bus_id: str, sysfs: Path = SYSFS) -> Locality:
         cpu_list = (device / "local_cpulist").read_text().strip()
     except OSError:
         cpu_list = ""
-    return Locality(pci_bus_id, _numa_node(device), cpu_list, _near_nics(device, sysfs))
+    node = _numa_node(device)
+    return Locality(pci_bus_id, node, cpu_list, _near_nics(device, node, sysfs))
 
 
 def _numa_node(device: Path) -> int | None:
@@ -73,7 +74,7 @@ def _numa_node(device: Path) -> int | None:
     return number if number >= 0 else None  # -1 where the firmware does not tell
 
 
-def _near_nics(device: Path, sysfs: Path) -> tuple[str, ...]:
+def _near_nics(device: Path, node: int | None, sysfs: Path) -> tuple[str, ...]:
     """Names of the RDMA devices that share most bridges with a device, else its NUMA node.
 
     A device's real path names all bridges above it, the root complex first.
@@ -83,8 +84,7 @@ def _near_nics(device: Path, sysfs: Path) -> tuple[str, ...]:
     found: dict[str, int] = {}
     for nic in sorted((sysfs / "class/infiniband").glob("*/device")):
         shared = len(Path(os.path.commonpath([bridge, nic.resolve().parent])).parts)
-        node = _numa_node(nic)
-        if shared > root or (node is not None and node == _numa_node(device)):
+        if shared > root or (node is not None and node == _numa_node(nic)):
             found[nic.parent.name] = max(shared, root)
     nearest = max(found.values(), default=0)
     return tuple(name for name, shared in found.items() if shared == nearest)

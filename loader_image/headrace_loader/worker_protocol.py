@@ -99,8 +99,8 @@ def decode(line: bytes) -> Message:
         kind = _KINDS[content.pop("kind")]
         if kind is PathChosen:
             content["report"] = PathReport(**content["report"])
-            if content["locality"] is not None:
-                content["locality"] = Locality(**content["locality"])
+            if found := content["locality"]:
+                content["locality"] = Locality(**found | {"nics": tuple(found["nics"])})
         if kind is Filled:
             content["region_bytes"] = tuple(content["region_bytes"])
         return kind(**content)

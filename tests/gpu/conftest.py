@@ -59,15 +59,35 @@ def start_engine(
 
 
 @pytest.fixture
+def ask_plain(start_engine: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """Ask an engine that reads its weights itself; returns what it said when ready, and tokens."""
+
+    def ask(script: str, *arguments: object, **environment: str) -> tuple[Any, Any]:
+        engine = start_engine(script, *arguments, **environment)
+        said, tokens = engine.ready(), engine.ask()
+        first = tokens[0] if isinstance(tokens[0], list) else tokens
+        assert len(set(first)) > 4  # a degenerate answer would prove little
+        engine.kill()
+        return said, tokens
+
+    return ask
+
+
+@pytest.fixture
 def hold(
     start_loader: Callable[..., Any], tmp_path: Path
 ) -> Callable[..., tuple[Any, dict[str, str]]]:
-    """Load a checkpoint; returns the loader, and the environment of an engine with its plugin."""
+    """Load a checkpoint and delete its weight files, so that engines have none to read.
+
+    Returns the loader, and the environment of an engine with its plugin.
+    """
 
     def held(checkpoint: Path, *options: str) -> tuple[Any, dict[str, str]]:
         plugin = tmp_path / "plugin"
         loader = start_loader(checkpoint, "--backend", "cuda", f"--plugin-dir={plugin}", *options)
         loader.until_phase("Ready")
+        for part in checkpoint.glob("*.safetensors"):
+            part.unlink()
         path = [str(plugin), os.environ.get("PYTHONPATH", "")]
         socket = str(loader.socket)
         return loader, {"HEADRACE_SOCKET": socket, "PYTHONPATH": os.pathsep.join(path)}

@@ -29,6 +29,13 @@ GRAPHS = {
     "disable_prefill_cuda_graph": True,
 }
 COPIED = 4096  # bytes at most: scalars that are not aligned
+LLAMA = {
+    "layers": 4,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "heads": 16,
+    "kv_heads": 4,
+}
 EXPERTS = {
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -50,81 +57,62 @@ def copied(output: str) -> list[int]:
     return [int(total) - int(kept) for kept, total in found]
 
 
-def test_sglang_serves_the_same_tokens_and_copies_nothing(
-    make_model: Callable[..., Path],
+@pytest.fixture
+def compare(
     make_checkpoint: Callable[..., Path],
+    ask_plain: Callable[..., Any],
     hold: Callable[..., Any],
     start_engine: Callable[..., Any],
-) -> None:
-    model = make_model(layers=4, hidden_size=2048, intermediate_size=5632, heads=16, kv_heads=4)
-    eager, graphs = ({"SERVE_OPTIONS": json.dumps(ALWAYS | options)} for options in (EAGER, GRAPHS))
-    plain = start_engine("serve_sglang.py", model, "auto", **eager)
-    plain.ready()
-    tokens = plain.ask()
-    assert len(set(tokens[0])) > 4  # a degenerate answer would prove little
-    plain.kill()
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """Ask an engine that reads a model, and engines whose weights a loader holds.
 
-    checkpoint = make_checkpoint(model)
-    loader, environment = hold(checkpoint)
-    for part in checkpoint.glob("*.safetensors"):
-        part.unlink()  # the engine has nothing to read weights from
-    for options in (eager, graphs):  # the second attaches after the first was killed
-        engine = start_engine("serve_sglang.py", checkpoint, "headrace", **options, **environment)
-        engine.ready()
-        assert engine.ask() == tokens
-        (own,) = copied(engine.output())
-        assert own <= COPIED
-        if options is eager:
-            engine.kill()
+    Each of these starts after the one before was killed, with options of its own. Returns the
+    loader, the last engine, and the tokens.
+    """
+
+    def compare(
+        model: Path, *options: dict[str, Any], ranks: int = 1, **environment: str
+    ) -> tuple[Any, Any, Any]:
+        first, *_ = every = [json.dumps(ALWAYS | more) for more in options]
+        script = "serve_sglang.py"
+        _, tokens = ask_plain(script, model, "auto", SERVE_OPTIONS=first, **environment)
+        checkpoint = make_checkpoint(model, ranks=ranks)
+        loader, found = hold(checkpoint, f"--tensor-parallel-size={ranks}")
+        environment |= found
+        engine = None
+        for one in every:
+            if engine:
+                engine.kill()
+            engine = start_engine(script, checkpoint, "headrace", SERVE_OPTIONS=one, **environment)
+            engine.ready()
+            assert engine.ask() == tokens
+            assert [own <= COPIED for own in copied(engine.output())] == [True] * ranks
+        return loader, engine, tokens
+
+    return compare
+
+
+def test_sglang_serves_the_same_tokens_and_copies_nothing(
+    make_model: Callable[..., Path], compare: Callable[..., Any]
+) -> None:
+    loader, engine, tokens = compare(make_model(**LLAMA), EAGER, GRAPHS)
     assert re.search(r"Capture .*graph.* end", engine.output())
     loader.kill()
     assert engine.ask() == tokens
 
 
 def test_a_mixture_of_experts_serves_the_same_tokens(
-    load_module: Callable[[Path], Any],
-    tmp_path: Path,
-    make_checkpoint: Callable[..., Path],
-    hold: Callable[..., Any],
-    start_engine: Callable[..., Any],
+    load_module: Callable[[Path], Any], tmp_path: Path, compare: Callable[..., Any]
 ) -> None:
     models = load_module(Path(__file__).parents[1] / "checkpoint/tiny_models.py")
     models.make_model("Qwen3Moe", EXPERTS, tmp_path / "model")
-    options = json.dumps(ALWAYS | EAGER | {"moe_runner_backend": "triton"})
-    environment = {"SERVE_OPTIONS": options, "TORCHDYNAMO_DISABLE": "1"}  # a router is compiled
-    compare(tmp_path / "model", 1, environment, make_checkpoint, hold, start_engine)
+    options = EAGER | {"moe_runner_backend": "triton"}
+    compare(tmp_path / "model", options, TORCHDYNAMO_DISABLE="1")  # a router is compiled
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_on_two_gpus_serve_the_same_tokens(
-    make_model: Callable[..., Path],
-    make_checkpoint: Callable[..., Path],
-    hold: Callable[..., Any],
-    start_engine: Callable[..., Any],
+    make_model: Callable[..., Path], compare: Callable[..., Any]
 ) -> None:
-    model = make_model(layers=4, hidden_size=2048, intermediate_size=5632, heads=16, kv_heads=4)
-    options = ALWAYS | EAGER | {"tp_size": 2, "disable_custom_all_reduce": True}
-    environment = {"SERVE_OPTIONS": json.dumps(options)}
-    compare(model, 2, environment, make_checkpoint, hold, start_engine)
-
-
-def compare(
-    model: Path,
-    ranks: int,
-    environment: dict[str, str],
-    make_checkpoint: Callable[..., Path],
-    hold: Callable[..., Any],
-    start_engine: Callable[..., Any],
-) -> None:
-    """Ask an engine that reads the model, and one whose weights a loader holds."""
-    plain = start_engine("serve_sglang.py", model, "auto", **environment)
-    plain.ready()
-    tokens = plain.ask()
-    assert len(set(tokens[0])) > 4  # a degenerate answer would prove little
-    plain.kill()
-    checkpoint = make_checkpoint(model, ranks=ranks)
-    _, more = hold(checkpoint, f"--tensor-parallel-size={ranks}")
-    engine = start_engine("serve_sglang.py", checkpoint, "headrace", **environment, **more)
-    engine.ready()
-    assert engine.ask() == tokens
-    assert [own <= COPIED for own in copied(engine.output())] == [True] * ranks
+    options = EAGER | {"tp_size": 2, "disable_custom_all_reduce": True}
+    compare(make_model(**LLAMA), options, ranks=2)

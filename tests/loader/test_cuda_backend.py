@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,16 +20,13 @@ PARTS = ((("a", "U8", (9_000_003,)),), (("b", "F32", (300_000,)), ("c", "U8", (5
 
 
 @pytest.fixture(scope="module")
-def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> str:
+def fake_cuda(
+    compile_c: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """A directory with the stand-in, for LD_LIBRARY_PATH, and mover.so."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
     directory = tmp_path_factory.mktemp("cuda")
-    made = {"libcuda.so.1": HERE / "fake_cuda.c", "mover.so": native.LIBRARY.with_suffix(".c")}
-    for name, source in made.items():
-        command = [compiler, "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC", source]
-        subprocess.run([*command, "-o", directory / name], check=True, timeout=60)
+    compile_c(HERE / "fake_cuda.c", directory / "libcuda.so.1")
+    compile_c(native.LIBRARY.with_suffix(".c"), directory / "mover.so")
     return str(directory)
 
 

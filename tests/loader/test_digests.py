@@ -2,8 +2,6 @@
 
 import mmap
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,11 @@ SOURCE = digests.LIBRARY.with_suffix(".c")
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
+def compiled(
+    compile_c: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     library = tmp_path_factory.mktemp("digest") / "digest.so"
-    options = ["-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC"]
-    subprocess.run([compiler, *options, SOURCE, "-o", library], check=True, timeout=60)
+    compile_c(SOURCE, library)
     return digests.compiled(library)
 
 

@@ -2,8 +2,6 @@
 
 import ctypes
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,11 @@ LAUNCH = ctypes.CFUNCTYPE(
 
 
 @pytest.fixture(scope="module")
-def mover(tmp_path_factory: pytest.TempPathFactory) -> native.Mover | None:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
+def mover(
+    compile_c: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> native.Mover | None:
     library = tmp_path_factory.mktemp("mover") / "mover.so"
-    options = ["-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *options, SOURCE, "-o", library], check=True, timeout=60)
+    compile_c(SOURCE, library)
     return native.mover(library)
 
 
