@@ -158,7 +158,6 @@ int cuMemsetD8_v2(u64 pointer, unsigned char value, size_t size) {
   memset((void *)pointer, value, size);
   return 0;
 }
-int cuMemcpyDtoH_v2(void *to, u64 from, size_t size) { IN_CONTEXT(); memcpy(to, (void *)from, size); return 0; }
 int cuStreamCreate(void **made, unsigned flags) {
   IN_CONTEXT();
   struct stream *stream = calloc(1, sizeof *stream);
@@ -179,6 +178,16 @@ int cuMemcpyHtoDAsync_v2(u64 to, const char *from, size_t size, void *stream) {
     if (from >= pinned[i].begin && from + size <= pinned[i].begin + pinned[i].size)
       return queue(stream, (struct work){.to = to, .from = (u64)from, .size = size, .kind = COPY});
   return INVALID;
+}
+int cuMemHostAlloc(void **made, size_t size, unsigned flags) {
+  IN_CONTEXT();
+  *made = malloc(size);
+  return flags ? INVALID : 0;
+}
+int cuMemFreeHost(void *begin) { IN_CONTEXT(); free(begin); return 0; }
+int cuMemcpyDtoHAsync_v2(char *to, u64 from, size_t size, void *stream) {
+  CALL();
+  return queue(stream, (struct work){.to = (u64)to, .from = from, .size = size, .kind = COPY});
 }
 int cuMemsetD8Async(u64 pointer, unsigned char value, size_t size, void *stream) {
   CALL();

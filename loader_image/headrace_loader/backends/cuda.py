@@ -129,15 +129,13 @@ class CudaBackend:
             runs = list(cut(files, pointers, self._options.read_threads if by_run else 1))
             lanes = self._lanes(direct, pointers[0], digester) if by_run else ()
             # Last of all that may fail: its threads wait for what comes next.
-            move = None if direct else self._compiled(files, runs, digester, progress)
+            load = None if direct else self._compiled(files, runs, digester, progress)
             progress.path(report)
-            left = runs if move is None else move()
+            left = runs if load is None else load.move()
             if left:
                 lanes = lanes or self._lanes(direct, pointers[0], digester)
                 run_parallel(left, [self._mover(lane, digester, progress) for lane in lanes])
-            for lane in lanes:
-                lane.stream.synchronize()
-            found = digester.results()
+            found = digester.results([way.stream for way in (load, *lanes) if way])
         if found != expected:
             raise _mismatch(sources, expected, found)
         for source in sources:
@@ -146,18 +144,15 @@ class CudaBackend:
 
     def _compiled(
         self, files: Sequence[PartFile], runs: list[Run], digester: Digester, progress: Progress
-    ) -> Callable[[], list[Run]] | None:
-        """Prepare what moves runs by compiled code and returns those it leaves; None without it.
-
-        It takes what is in the page cache.
-        """
+    ) -> CompiledLoad | None:
+        """Prepare the load of what is in the page cache; None where nothing is, or no mover."""
         mover = native.mover()
         if mover is None or not any(file.buffered_reason for file in files):
             return None
         ring = Ring(self._buffers)
         threads = threads_for(files, self._options.read_threads)
         context = self._device.context
-        return CompiledLoad(mover, context, digester, ring, threads, runs, progress.read).move
+        return CompiledLoad(mover, context, digester, ring, threads, runs, progress.read)
 
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:
         def move(run: Run) -> None:

@@ -38,13 +38,7 @@ class Ring:
         """Use what a load will use, with what comes to `pointer` later: first times are long."""
         self.copies.copy_to_device(pointer, self._pinned.address, WORD)
         digester.warm(self.digests, pointer)
-        self.synchronize()
-        digester.results()
-
-    def synchronize(self) -> None:
-        """Wait until everything queued is done."""
-        self.copies.synchronize()
-        self.digests.synchronize()
+        digester.results((self.digests, self.copies))
 
     def native(self) -> Any:  # noqa: ANN401 - an array, which has no type without its length
         """Return the slots as compiled code sees them; this object has to live as long."""
@@ -106,13 +100,21 @@ class CompiledLoad:
     def move(self) -> list[Run]:
         """Move them; returns those left over, where something failed or reads are direct.
 
-        What was queued is done then: nothing reads the pinned memory any more.
+        If there are any, nothing reads the pinned memory any more. If not, all that was queued is
+        done when `stream` has done its work.
         """
         self._mover.load(self._load)
-        self._ring.synchronize()
         self._teller.end()
         done = {run for n, run in enumerate(self._taken) if self._load.runs[n].done}
-        return [run for run in self._all if run not in done]
+        left = [run for run in self._all if run not in done]
+        if left:
+            self._ring.copies.synchronize()
+        return left
+
+    @property
+    def stream(self) -> driver.Stream:
+        """Where digests are queued, each behind the copies of what it is of."""
+        return self._ring.digests
 
 
 class Teller:

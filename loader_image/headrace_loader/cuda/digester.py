@@ -1,9 +1,17 @@
 """Chunk digests computed on the GPU, where the weights are."""
 
-from importlib import resources
+from __future__ import annotations
 
-from headrace_loader.cuda.driver import CudaError, Kernel, Stream, Words
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from headrace_loader.cuda.driver import CudaError, Kernel, Words
 from headrace_loader.cuda.runs import WORD
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headrace_loader.cuda.driver import Stream
 
 _NAME = "multilinear64"
 BLOCKS_PER_CHUNK, THREADS = 16, 256
@@ -41,9 +49,11 @@ class Digester:
         """The function, for compiled code to launch."""
         return self._kernel.handle
 
-    def results(self) -> list[int]:
-        """Return the digests; the streams must have been synchronized."""
-        return self._digests.take()
+    def results(self, streams: Sequence[Stream]) -> list[int]:
+        """Return the digests when all work queued in `streams` is done."""
+        for stream in streams[1:]:
+            stream.synchronize()
+        return self._digests.take(streams[0])
 
     def close(self) -> None:
         """Free the digests' memory, which takes longer than to read them."""

@@ -125,13 +125,15 @@ _map = bind("cuMemMap", u64, c_size_t, c_size_t, u64, u64)
 _unmap = bind("cuMemUnmap", u64, c_size_t)
 _set_access = bind("cuMemSetAccess", u64, c_size_t, POINTER(AccessDescription), c_size_t)
 _host_register = bind("cuMemHostRegister_v2", c_void_p, c_size_t, c_uint)
+_host_alloc = bind("cuMemHostAlloc", POINTER(c_void_p), c_size_t, c_uint)
+_host_free = bind("cuMemFreeHost", c_void_p)
 _alloc = bind("cuMemAlloc_v2", POINTER(u64), c_size_t)
 _free = bind("cuMemFree_v2", u64)
 _clear = bind("cuMemsetD8_v2", u64, c_ubyte, c_size_t)
-_copy_to_host = bind("cuMemcpyDtoH_v2", c_void_p, u64, c_size_t)
 _stream_create = bind("cuStreamCreate", POINTER(c_void_p), c_uint)
 _stream_synchronize = bind("cuStreamSynchronize", c_void_p)
 _copy_async = bind("cuMemcpyHtoDAsync_v2", u64, c_void_p, c_size_t, c_void_p, queues=True)
+_copy_back = bind("cuMemcpyDtoHAsync_v2", c_void_p, u64, c_size_t, c_void_p, queues=True)
 _clear_async = bind("cuMemsetD8Async", u64, c_ubyte, c_size_t, c_void_p, queues=True)
 _event_create = bind("cuEventCreate", POINTER(c_void_p), c_uint)
 _event_record = bind("cuEventRecord", c_void_p, c_void_p, queues=True)
@@ -288,7 +290,7 @@ class HostBuffer:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # only faster
             memory.madvise(mmap.MADV_HUGEPAGE)
             memory.madvise(_POPULATE_WRITE)
@@ -314,18 +316,23 @@ class Words:
         _alloc(byref(pointer), count * ctypes.sizeof(u64))
         self.pointer = int(pointer.value)
         _clear(self.pointer, 0, count * ctypes.sizeof(u64))
+        copy = c_void_p()
+        _host_alloc(byref(copy), count * ctypes.sizeof(u64), 0)
+        self._copy = (u64 * count).from_address(copy.value or 0)
         # It only queues the clearing, and the streams of other threads do not wait for it.
         _context_synchronize()
 
-    def take(self) -> list[int]:
-        """Return their values; work that writes to them must be done."""
-        values = (u64 * self._count)()
-        _copy_to_host(values, self.pointer, ctypes.sizeof(values))
-        return list(values)
+    def take(self, stream: Stream) -> list[int]:
+        """Return their values as they are when the work queued in `stream` is done."""
+        # Into memory that is not pinned the driver copies twice, and behind a wait.
+        _copy_back(self._copy, self.pointer, ctypes.sizeof(self._copy), stream.handle)
+        stream.synchronize()
+        return list(self._copy)
 
     def free(self) -> None:
         """Give the memory back."""
         _free(self.pointer)
+        _host_free(self._copy)
 
 
 class Kernel:

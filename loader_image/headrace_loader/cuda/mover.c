@@ -71,6 +71,17 @@ static void wait_a_little(unsigned *spins) {
 
 static uint64_t load_of(const uint64_t *value) { return __atomic_load_n(value, __ATOMIC_ACQUIRE); }
 
+// Waits until what a slot had is copied; returns 0 on failure.
+static int emptied(struct load *load, struct slot *slot) {
+  int code = 0;
+  for (unsigned spins = 0; load_of(&slot->left) || (code = load->event_query(slot->event)) == NOT_READY;) {
+    if (load_of(&load->failed)) return 0;
+    wait_a_little(&spins);
+  }
+  if (code) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
+  return !code;
+}
+
 // Opens the next block, in the slot that has waited longest. Everybody waits meanwhile, for there is
 // nothing else to do. Returns 0 if there is none, or on failure.
 static int open_block(struct load *load) {
@@ -79,16 +90,9 @@ static int open_block(struct load *load) {
     load->next_begin = 0;
   }
   if (load->next_run == load->run_count) return 0;
-  struct slot *slot = &load->slots[load->opened++ % load->slot_count];
-  int code = 0;
-  for (unsigned spins = 0; load_of(&slot->left) || (code = load->event_query(slot->event)) == NOT_READY;) {
-    if (load_of(&load->failed)) return 0;
-    wait_a_little(&spins);
-  }
-  if (code) {
-    __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
-    return 0;
-  }
+  struct slot *slot = &load->slots[load->opened % load->slot_count];
+  // All slots are empty at first, which the driver takes 5 us to tell.
+  if (load->opened++ >= load->slot_count && !emptied(load, slot)) return 0;
   slot->run = &load->runs[load->next_run];
   slot->begin = load->next_begin;
   slot->size = slot->run->size - slot->begin;
