@@ -321,7 +321,7 @@ def parse() -> argparse.Namespace:
     add("--gib", type=sizes, help="sizes; default 1,16 with a GPU, else 0.25")
     add("--moe-gib", type=sizes, default=[], help="sizes with 46080 tensors instead of few")
     add("--repeats", type=int, default=3, help="rounds per size")
-    add("--read-threads", type=int, default=12)
+    add("--read-threads", type=int, default=16)
     add("--peer-gib", type=float, default=16, help="largest size that peers load; 0: no peers")
     add("--peers", nargs="*", choices=PEERS, default=[*PEERS], help="which; default all")
     add("--cold-gib", type=float, default=4, help="largest size to load from storage; 0: none")

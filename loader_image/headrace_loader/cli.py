@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=port, default=9400, help="port of the status server")
     add("--plugin-dir", type=Path, help="directory to copy the engine side to")
     threads = whole_number(1, _MAX_READ_THREADS)
-    add("--read-threads", type=threads, default=12, help="reading threads per rank")
+    add("--read-threads", type=threads, default=16, help="reading threads per rank")
     cache = parser.add_argument_group(
         "compiled code", "keep what the engine compiles for later pods (with --engine-cache-store)"
     )

@@ -121,18 +121,25 @@ def test_large_chunks_are_read_by_fewer_threads(
     assert asked == [threads]
 
 
-@pytest.mark.parametrize(("cached", "expected"), [((True, True), 2), ((True, False), 7)])
-def test_files_in_the_page_cache_are_read_by_as_many_threads_as_there_are_cpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: tuple[bool, ...], expected: int
+@pytest.mark.parametrize(
+    ("cached", "cpus", "expected"),
+    [((True, True), 2, 2), ((True, True), 9, 8), ((True, True), 64, 40), ((True, False), 2, 40)],
+)
+def test_files_in_the_page_cache_are_read_by_threads_that_each_have_a_cpu(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cached: tuple[bool, ...],
+    cpus: int,
+    expected: int,
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
     files = []
     for number, one in enumerate(cached):
         path = tmp_path / str(number)
         path.write_bytes(bytes(4096))
         monkeypatch.setattr(reading, "is_cached", lambda *_, one=one: one)
         files.append(PartFile(PartSource(path, 0, 4096, 1 << 20, "sha256", ("0",))))
-    assert reading.threads_for(files, 7) == expected
+    assert reading.threads_for(files, 40) == expected
     assert reading.threads_for(files, 1) == 1
     for file in files:
         file.close()

@@ -96,6 +96,7 @@ class CompiledLoad:
             mover.load(self._load)  # moves nothing, and ends the threads
             raise
         self._teller.start()
+        mover.wake(self._load)
 
     def move(self) -> list[Run]:
         """Move them; returns those left over, where something failed or reads are direct.

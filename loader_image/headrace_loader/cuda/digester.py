@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from headrace_loader.cuda.driver import Stream
 
 _NAME = "multilinear64"
-BLOCKS_PER_CHUNK, THREADS = 16, 256
+BLOCKS_PER_CHUNK, THREADS = 64, 256
 """Of a launch: blocks that share a chunk, and threads of a block."""
 
 

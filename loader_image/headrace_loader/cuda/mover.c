@@ -49,7 +49,7 @@ struct load {
   char apart[64];  // what all wait for shares no cache line with what all read
   uint64_t locked, next_run, next_begin, next_bytes, opened, taken;  // changed by who has locked them
   char apart_too[64];
-  uint64_t running, started, ready, begun, moved, failed;
+  uint64_t running, started, woken, ready, begun, moved, failed;
 };
 
 struct piece {
@@ -168,8 +168,7 @@ static int move(struct load *load, const struct piece *piece) {
 
 static void work(struct load *load) {
   struct piece piece;
-  int failed = load->context_use(load->context);
-  for (unsigned spins = 0; !load_of(&load->begun);) wait_a_little(&spins);
+  int failed = 0;
   while (!failed && take(load, &piece)) failed = move(load, &piece);
   if (failed) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
 }
@@ -183,13 +182,16 @@ static void touch(const struct load *load, uint64_t thread) {
 static void *work_beside(void *given) {
   struct load *load = given;
   touch(load, __atomic_fetch_add(&load->started, 1, __ATOMIC_RELAXED));
+  if (load->context_use(load->context)) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
+  for (unsigned spins = 0; !load_of(&load->woken);) wait_a_little(&spins);
   __atomic_add_fetch(&load->ready, 1, __ATOMIC_RELEASE);
+  for (unsigned spins = 0; !load_of(&load->begun);) wait_a_little(&spins);
   work(load);
   __atomic_sub_fetch(&load->running, 1, __ATOMIC_RELEASE);
   return NULL;
 }
 
-// Starts all threads but the one that will call headrace_load, which has to follow: they wait for it.
+// Starts all threads but the one that calls. headrace_load has to follow: they wait for it.
 void headrace_prepare(struct load *load) {
   for (uint64_t n = 0; n < load->run_count; ++n) load->runs[n].left = load->runs[n].size;
   pthread_attr_t detached;
@@ -206,11 +208,18 @@ void headrace_prepare(struct load *load) {
   pthread_attr_destroy(&detached);
 }
 
+// Returns when all threads are there and none sleeps, or would for a millisecond.
+void headrace_wake(struct load *load) {
+  __atomic_store_n(&load->woken, 1, __ATOMIC_RELEASE);
+  for (unsigned spins = 0; load_of(&load->ready) < load_of(&load->running);) wait_a_little(&spins);
+}
+
 // Moves all runs and returns when their copies and digests are queued. A run that is not `done`
 // afterwards has to be moved again, by what can tell why it failed: its digests are not queued, and
 // some of its copies may be.
 void headrace_load(struct load *load) {
-  for (unsigned spins = 0; load_of(&load->ready) < load_of(&load->running);) wait_a_little(&spins);
+  if (load->context_use(load->context)) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
+  headrace_wake(load);
   __atomic_store_n(&load->begun, 1, __ATOMIC_RELEASE);
   work(load);  // alone, if there are no others
   for (unsigned spins = 0; load_of(&load->running);) wait_a_little(&spins);

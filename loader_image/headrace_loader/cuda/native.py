@@ -81,6 +81,7 @@ class Load(ctypes.Structure):
         ("apart_too", c_char * _CACHE_LINE),
         ("running", c_uint64),
         ("started", c_uint64),
+        ("woken", c_uint64),
         ("ready", c_uint64),
         ("begun", c_uint64),
         ("moved", c_uint64),
@@ -94,12 +95,17 @@ class Mover:
     def __init__(self, library: Path) -> None:
         functions = ctypes.CDLL(str(library))
         self._prepare, self._load = functions.headrace_prepare, functions.headrace_load
-        for function in (self._prepare, self._load):
+        self._wake = functions.headrace_wake
+        for function in (self._prepare, self._wake, self._load):
             function.argtypes, function.restype = (POINTER(Load),), None
 
     def prepare(self, load: Load) -> None:
         """Start the threads, which wait for `load` to be called."""
         self._prepare(load)
+
+    def wake(self, load: Load) -> None:
+        """Wait until all threads are there; they sleep again if `load` is not called soon."""
+        self._wake(load)
 
     def load(self, load: Load) -> None:
         """Move all runs."""
