@@ -161,9 +161,12 @@ def _queued(depth: int) -> Callable[[Path], float]:
 
 def _shared(jobs: int) -> Callable[[Path], float]:
     def read(path: Path) -> float:
-        share = -(-path.stat().st_size // jobs // PIECE) * PIECE
+        # Never beyond the end: fio makes a file larger that is too small.
+        size = path.stat().st_size
+        share = min(max(size // jobs // PIECE, 1) * PIECE, size)
         shares = (f"--size={share}", f"--offset_increment={share}")
-        return _fio(path, "--ioengine=psync", f"--numjobs={jobs}", "--thread", *shares)
+        readers = min(jobs, size // share)
+        return _fio(path, "--ioengine=psync", f"--numjobs={readers}", "--thread", *shares)
 
     return read
 
