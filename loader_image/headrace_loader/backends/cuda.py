@@ -151,8 +151,7 @@ class CudaBackend:
             return None
         ring = Ring(self._buffers)
         threads = threads_for(files, self._options.read_threads)
-        context = self._device.context
-        return CompiledLoad(mover, context, digester, ring, threads, runs, progress.read)
+        return CompiledLoad(mover, digester, ring, threads, runs, progress.read)
 
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:
         def move(run: Run) -> None:

@@ -34,9 +34,11 @@ class Ring:
         self.copies, self.digests = driver.Stream(), driver.Stream()
         self._events = [driver.Event() for _ in range(SLOTS)]
 
-    def warm(self, pointer: int, digester: Digester) -> None:
-        """Use what a load will use, with what comes to `pointer` later: first times are long."""
-        self.copies.copy_to_device(pointer, self._pinned.address, WORD)
+    def warm(self, pointer: int, size: int, digester: Digester) -> None:
+        """Use what a load will use, where `size` bytes come later: first times are long."""
+        nbytes = max(min(size, FIRST_BYTES, self.slot_bytes) // WORD, 1) * WORD
+        self.copies.copy_to_device(pointer, self._pinned.address, nbytes)
+        self._events[0].record(self.copies)
         digester.warm(self.digests, pointer)
         digester.results((self.digests, self.copies))
 
@@ -59,7 +61,6 @@ class CompiledLoad:
     def __init__(
         self,
         mover: native.Mover,
-        context: int,
         digester: Digester,
         ring: Ring,
         threads: int,
@@ -72,7 +73,6 @@ class CompiledLoad:
         self._ring = ring
         self._load = native.Load(
             *map(driver.address, native.CALLS),
-            context,
             digester.kernel,
             ring.copies.handle,
             ring.digests.handle,
@@ -90,7 +90,8 @@ class CompiledLoad:
         self._teller = Teller(self._load, moved)
         mover.prepare(self._load)
         try:
-            ring.warm(self._taken[0].pointer, digester)  # while threads and cores wake up
+            first = self._taken[0]  # used while threads and cores wake up
+            ring.warm(first.pointer, first.end - first.begin, digester)
         except BaseException:
             self._load.failed = 1
             mover.load(self._load)  # moves nothing, and ends the threads

@@ -202,11 +202,6 @@ class Device:
         _device_pci_bus_id(name, len(name), self.ordinal)
         return name.value.decode()
 
-    @property
-    def context(self) -> int:
-        """The context, for compiled code to use."""
-        return self._context.value or 0
-
     def use(self) -> None:
         """Make the context current in the calling thread."""
         _context_use(self._context)

@@ -1,10 +1,11 @@
 // A load from the page cache, all of it but deciding what to do: threads fill blocks of pinned
-// memory together, piece by piece, and whoever reads the last piece of a block queues its copy and,
+// memory together, piece by piece, and the caller's thread queues the copy of each full block and,
 // behind a run, its digests. In Python each piece takes the interpreter's lock several times, which
 // ten threads wait for, and starting them takes a tenth of a load of 1 GiB.
 //
-// Few large blocks: the link loses 2.6 us at every copy, and what is copied has to be in the CPU's
+// Few large blocks: the link loses 2 us at every copy, and what is copied has to be in the CPU's
 // cache still. Small pieces: no thread is waited for long, at the begin and at the end above all.
+// One thread for the driver: its calls wait for each other, and the first ones of a thread are long.
 //
 // cc -O2 -shared -fPIC -pthread mover.c -o mover.so (hatch_build.py). It links to no driver: the
 // driver's functions are handed in, so that it also loads where there is none.
@@ -30,24 +31,24 @@ struct slot {
   void *event;
   struct run *run;  // the block that is in it: `size` bytes of a run from `begin` on
   uint64_t begin, size;
-  uint64_t left;  // bytes that are not read, and 1 until the copy is queued
+  uint64_t left;  // bytes that are not read, and 1 until they are copied; 0 is an empty slot
+  int copying;
   char apart[64];
 };
 
 struct load {
-  int (*context_use)(void *context);
   int (*event_query)(void *event);
   int (*event_record)(void *event, void *stream);
   int (*stream_wait)(void *stream, void *event, unsigned flags);
   int (*copy_to_device)(uint64_t pointer, const void *source, size_t size, void *stream);
   int (*launch)(void *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
                 void *stream, void **arguments, void **extra);
-  void *context, *kernel, *copies, *digests;
+  void *kernel, *copies, *digests;
   struct run *runs;
   struct slot *slots;
   uint64_t run_count, slot_count, thread_count, slot_bytes, piece_bytes, blocks, threads;
   char apart[64];  // what all wait for shares no cache line with what all read
-  uint64_t locked, next_run, next_begin, next_bytes, opened, taken;  // changed by who has locked them
+  uint64_t locked, next_run, next_begin, next_bytes, opened, taken, all_open;  // changed by who has the lock
   char apart_too[64];
   uint64_t running, started, woken, ready, begun, moved, failed;
 };
@@ -71,17 +72,6 @@ static void wait_a_little(unsigned *spins) {
 
 static uint64_t load_of(const uint64_t *value) { return __atomic_load_n(value, __ATOMIC_ACQUIRE); }
 
-// Waits until what a slot had is copied; returns 0 on failure.
-static int emptied(struct load *load, struct slot *slot) {
-  int code = 0;
-  for (unsigned spins = 0; load_of(&slot->left) || (code = load->event_query(slot->event)) == NOT_READY;) {
-    if (load_of(&load->failed)) return 0;
-    wait_a_little(&spins);
-  }
-  if (code) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
-  return !code;
-}
-
 // Opens the next block, in the slot that has waited longest. Everybody waits meanwhile, for there is
 // nothing else to do. Returns 0 if there is none, or on failure.
 static int open_block(struct load *load) {
@@ -89,15 +79,19 @@ static int open_block(struct load *load) {
     ++load->next_run;
     load->next_begin = 0;
   }
-  if (load->next_run == load->run_count) return 0;
+  if (load->next_run == load->run_count) {
+    __atomic_store_n(&load->all_open, 1, __ATOMIC_RELEASE);
+    return 0;
+  }
   struct slot *slot = &load->slots[load->opened % load->slot_count];
-  // All slots are empty at first, which the driver takes 5 us to tell.
-  if (load->opened++ >= load->slot_count && !emptied(load, slot)) return 0;
+  for (unsigned spins = 0; load_of(&slot->left); wait_a_little(&spins))
+    if (load_of(&load->failed)) return 0;
+  __atomic_store_n(&load->opened, load->opened + 1, __ATOMIC_RELEASE);
   slot->run = &load->runs[load->next_run];
   slot->begin = load->next_begin;
   slot->size = slot->run->size - slot->begin;
   if (slot->size > load->next_bytes) slot->size = load->next_bytes;
-  slot->left = slot->size + 1;
+  __atomic_store_n(&slot->left, slot->size + 1, __ATOMIC_RELEASE);
   load->next_begin += slot->size;
   load->next_bytes = load->next_bytes * 2 < load->slot_bytes ? load->next_bytes * 2 : load->slot_bytes;
   load->taken = 0;
@@ -152,26 +146,53 @@ static int queue_block(struct load *load, struct slot *slot) {
   memset(slot->buffer + slot->size, 0, padded - slot->size);
   if (load->copy_to_device(run->pointer + slot->begin, slot->buffer, padded, load->copies)) return 1;
   if (load->event_record(slot->event, load->copies)) return 1;
-  if (!__atomic_sub_fetch(&run->left, slot->size, __ATOMIC_ACQ_REL)) {
-    if (load->stream_wait(load->digests, slot->event, 0) || queue_digests(load, run)) return 1;
-    run->done = 1;
-    __atomic_add_fetch(&load->moved, run->size, __ATOMIC_RELAXED);
-  }
+  slot->copying = 1;
+  run->left -= slot->size;
+  if (run->left) return 0;
+  if (load->stream_wait(load->digests, slot->event, 0) || queue_digests(load, run)) return 1;
+  run->done = 1;
+  __atomic_add_fetch(&load->moved, run->size, __ATOMIC_RELAXED);
+  return 0;
+}
+
+// Empties the slot that the next block goes to once its copy is done. Returns 1 on failure.
+static int empty_next(struct load *load) {
+  struct slot *slot = &load->slots[load_of(&load->opened) % load->slot_count];
+  if (!slot->copying) return 0;
+  int code = load->event_query(slot->event);
+  if (code) return code != NOT_READY;
+  slot->copying = 0;
   __atomic_store_n(&slot->left, 0, __ATOMIC_RELEASE);
   return 0;
 }
 
-static int move(struct load *load, const struct piece *piece) {
-  if (read_piece(piece)) return 1;
-  return __atomic_sub_fetch(&piece->slot->left, piece->size, __ATOMIC_ACQ_REL) == 1 && queue_block(load, piece->slot);
+// Queues blocks as they get full, and returns when all are queued, or on failure.
+static int queue_all(struct load *load) {
+  uint64_t queued = 0;
+  for (unsigned spins = 0; !load_of(&load->failed); wait_a_little(&spins)) {
+    for (uint64_t n = 0; n < load->slot_count; ++n) {
+      struct slot *slot = &load->slots[n];
+      if (load_of(&slot->left) != 1 || slot->copying) continue;
+      if (queue_block(load, slot)) return 1;
+      ++queued;
+      spins = 0;
+    }
+    if (load_of(&load->all_open) && queued == load->opened) return 0;
+    if (empty_next(load)) return 1;
+  }
+  return 1;
 }
 
-static void work(struct load *load) {
+static int read_all(struct load *load) {
   struct piece piece;
-  int failed = 0;
-  while (!failed && take(load, &piece)) failed = move(load, &piece);
-  if (failed) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
+  while (take(load, &piece)) {
+    if (read_piece(&piece)) return 1;
+    __atomic_sub_fetch(&piece.slot->left, piece.size, __ATOMIC_RELEASE);
+  }
+  return 0;
 }
+
+static void fail(struct load *load) { __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE); }
 
 // Clears a thread's share of the slots, so that the first blocks find it in the CPUs' caches.
 static void touch(const struct load *load, uint64_t thread) {
@@ -182,22 +203,21 @@ static void touch(const struct load *load, uint64_t thread) {
 static void *work_beside(void *given) {
   struct load *load = given;
   touch(load, __atomic_fetch_add(&load->started, 1, __ATOMIC_RELAXED));
-  if (load->context_use(load->context)) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
   for (unsigned spins = 0; !load_of(&load->woken);) wait_a_little(&spins);
   __atomic_add_fetch(&load->ready, 1, __ATOMIC_RELEASE);
   for (unsigned spins = 0; !load_of(&load->begun);) wait_a_little(&spins);
-  work(load);
+  if (read_all(load)) fail(load);
   __atomic_sub_fetch(&load->running, 1, __ATOMIC_RELEASE);
   return NULL;
 }
 
-// Starts all threads but the one that calls. headrace_load has to follow: they wait for it.
+// Starts the threads that read. headrace_load has to follow: they wait for it.
 void headrace_prepare(struct load *load) {
   for (uint64_t n = 0; n < load->run_count; ++n) load->runs[n].left = load->runs[n].size;
   pthread_attr_t detached;
   if (pthread_attr_init(&detached)) return;
   pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-  for (uint64_t n = 1; n < load->thread_count; ++n) {
+  for (uint64_t n = 0; n < load->thread_count; ++n) {
     pthread_t thread;
     __atomic_add_fetch(&load->running, 1, __ATOMIC_RELAXED);
     if (pthread_create(&thread, &detached, work_beside, load)) {
@@ -214,13 +234,13 @@ void headrace_wake(struct load *load) {
   for (unsigned spins = 0; load_of(&load->ready) < load_of(&load->running);) wait_a_little(&spins);
 }
 
-// Moves all runs and returns when their copies and digests are queued. A run that is not `done`
-// afterwards has to be moved again, by what can tell why it failed: its digests are not queued, and
-// some of its copies may be.
+// Moves all runs, in the thread's current context, and returns when their copies and digests are
+// queued. A run that is not `done` afterwards has to be moved again, by what can tell why it failed:
+// its digests are not queued, and some of its copies may be.
 void headrace_load(struct load *load) {
-  if (load->context_use(load->context)) __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE);
+  if (!load_of(&load->running)) return;  // no thread could be started
   headrace_wake(load);
   __atomic_store_n(&load->begun, 1, __ATOMIC_RELEASE);
-  work(load);  // alone, if there are no others
+  if (queue_all(load)) fail(load);
   for (unsigned spins = 0; load_of(&load->running);) wait_a_little(&spins);
 }

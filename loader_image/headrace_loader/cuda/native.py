@@ -8,7 +8,6 @@ from pathlib import Path
 LIBRARY = Path(__file__).with_name("mover.so")
 
 CALLS = (
-    "cuCtxSetCurrent",
     "cuEventQuery",
     "cuEventRecord",
     "cuStreamWaitEvent",
@@ -44,6 +43,7 @@ class Slot(ctypes.Structure):
         ("begin", c_uint64),
         ("size", c_uint64),
         ("left", c_uint64),
+        ("copying", c_int32),
         ("apart", c_char * _CACHE_LINE),
     )
 
@@ -52,13 +52,11 @@ class Load(ctypes.Structure):
     """struct load of mover.c; keep alive what it points to."""
 
     _fields_ = (
-        ("context_use", c_void_p),
         ("event_query", c_void_p),
         ("event_record", c_void_p),
         ("stream_wait", c_void_p),
         ("copy_to_device", c_void_p),
         ("launch", c_void_p),
-        ("context", c_void_p),
         ("kernel", c_void_p),
         ("copies", c_void_p),
         ("digests", c_void_p),
@@ -78,6 +76,7 @@ class Load(ctypes.Structure):
         ("next_bytes", c_uint64),
         ("opened", c_uint64),
         ("taken", c_uint64),
+        ("all_open", c_uint64),
         ("apart_too", c_char * _CACHE_LINE),
         ("running", c_uint64),
         ("started", c_uint64),
