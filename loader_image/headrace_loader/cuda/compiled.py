@@ -22,7 +22,7 @@ FIRST_BYTES = 512 * 1024
 """Bytes of the first block; each is twice the one before."""
 PIECE_BYTES = 512 * 1024
 """Bytes that one thread reads at once."""
-_REPORT_SECONDS = 0.02
+_REPORT_SECONDS = 0.05
 
 
 class Ring:
