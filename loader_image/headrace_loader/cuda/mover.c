@@ -17,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NOT_READY = 600, WORD = 8, SPINS = 1024, YIELDS = 4096, LEAST_PIECE = 64 * 1024 };
+enum { NOT_READY = 600, WORD = 8, SPINS = 1024, YIELDS = 4096, REHEARSALS = 128, LEAST_PIECE = 64 * 1024 };
 
 struct run {  // headrace_loader/cuda/native.py has the same structures
   int64_t offset;
@@ -194,21 +194,20 @@ static int read_all(struct load *load) {
 
 static void fail(struct load *load) { __atomic_store_n(&load->failed, 1, __ATOMIC_RELEASE); }
 
-// Reads what will be read last into a thread's share of all slots. First reads are half as fast: of a
-// core that slept, of caches that do not have the slots, of memory that nobody used.
+// Reads what will be read last into a thread's share of all slots, as often as there is time before
+// the load begins. First reads are half as fast: of a core that slept, of caches that do not have the
+// slots, of memory that nobody used.
 static void rehearse(const struct load *load, uint64_t thread) {
   const struct run *run = &load->runs[load->run_count - 1];
   uint64_t share = load->slot_bytes / load->thread_count, size = share < run->size ? share : run->size;
-  for (uint64_t n = 0; n < load->slot_count; ++n)
-    if (pread(run->file, load->slots[n].buffer + thread * share, size, run->offset) <= 0) return;
+  for (uint64_t n = 0; n < REHEARSALS * load->slot_count && !load_of(&load->woken); ++n)
+    if (pread(run->file, load->slots[n % load->slot_count].buffer + thread * share, size, run->offset) <= 0) return;
 }
 
 static void *work_beside(void *given) {
   struct load *load = given;
-  uint64_t number = __atomic_fetch_add(&load->started, 1, __ATOMIC_RELAXED);
-  rehearse(load, number);
+  rehearse(load, __atomic_fetch_add(&load->started, 1, __ATOMIC_RELAXED));
   for (unsigned spins = 0; !load_of(&load->woken);) wait_a_little(&spins);
-  rehearse(load, number);
   __atomic_add_fetch(&load->ready, 1, __ATOMIC_RELEASE);
   for (unsigned spins = 0; !load_of(&load->begun);) wait_a_little(&spins);
   if (read_all(load)) fail(load);
@@ -233,7 +232,7 @@ void headrace_prepare(struct load *load) {
   pthread_attr_destroy(&detached);
 }
 
-// Returns when all threads are there, have rehearsed, and none sleeps or would for a millisecond.
+// Returns when all threads are there and none sleeps, or would for a millisecond.
 void headrace_wake(struct load *load) {
   __atomic_store_n(&load->woken, 1, __ATOMIC_RELEASE);
   for (unsigned spins = 0; load_of(&load->ready) < load_of(&load->running);) wait_a_little(&spins);
