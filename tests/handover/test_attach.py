@@ -4,6 +4,7 @@ import fcntl
 import mmap
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,9 @@ from headrace_handover.messages import MAX_REGIONS, Failure, Ready, Region, grou
 from headrace_handover.server import HandoverServer, Limits, Offer
 
 pytestmark = pytest.mark.usefixtures("no_leak")
+
+POD = ("unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--fork")
+"""Starts a command with mounts, network and process numbers of its own, as a pod's processes."""
 
 
 def ask(server: HandoverServer, **options: Any) -> Any:
@@ -264,3 +268,29 @@ def test_another_user_is_refused(server: HandoverServer, source: Any, tmp_path: 
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     assert out.startswith("PeerNotPermitted: user 65534 may not attach")
     assert source.refusals == ["PeerNotPermitted"]
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*POD, "true"], check=False).returncode != 0,
+    reason="a process with mounts of its own needs unshare and leave to use it",
+)
+@pytest.mark.parametrize(
+    ("volume", "answer"),
+    [("true", "attached"), ('mount -t tmpfs emptyDir "$(dirname "$0")"', "AttachTimeout")],
+    ids=["same volume", "volume of its own"],
+)
+def test_a_process_of_another_pod_finds_no_loader(
+    server: HandoverServer, source: Any, volume: str, answer: str
+) -> None:
+    # As in Kubernetes, where each pod has an emptyDir at this path: same user, same node, same
+    # path, network and processes of its own.
+    script = (
+        "import sys; from headrace_handover import attach\n"
+        "try: attach(sys.argv[1], rank=0, device='host', timeout=2).close(); print('attached')\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    shell = f'{volume} && exec "$1" -c "$2" "$0"'
+    command = [*POD, "sh", "-ec", shell, str(server.path), sys.executable, script]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    assert out.startswith(answer)
+    assert source.refusals == []
