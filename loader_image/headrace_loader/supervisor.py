@@ -288,8 +288,9 @@ class Supervisor:
 
     def _start_workers(self) -> _Load:
         options = self._options
-        told = WorkerOptions(options.backend, options.policy, options.read_threads)
         ranks = options.ranks
+        cpus = max(1, system.usable_cpus() // len(ranks))
+        told = WorkerOptions(options.backend, options.policy, options.read_threads, cpus)
         load = self._started = _Load([], set(ranks), set(ranks))
         for device, rank in enumerate(ranks):
             load.workers.append(WorkerProcess(rank, device, told, self._news.put))

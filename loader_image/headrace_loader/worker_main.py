@@ -24,7 +24,8 @@ def main() -> int:
     from headrace_loader.backends import BackendOptions, PathPolicy
     from headrace_loader.worker import run
 
-    told = BackendOptions(rank, PathPolicy(options["path"]), int(options["read-threads"]))
+    threads, cpus = int(options["read-threads"]), int(options["cpus"])
+    told = BackendOptions(rank, PathPolicy(options["path"]), threads, cpus)
     return run(int(options["socket"]), options["backend"], told)
 
 

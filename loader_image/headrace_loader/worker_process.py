@@ -30,6 +30,8 @@ class WorkerOptions:
     backend: str
     policy: PathPolicy
     read_threads: int
+    cpus: int
+    """How many CPUs one of them may keep busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,4 +133,5 @@ def _command(device: int, options: WorkerOptions, descriptor: int) -> Sequence[s
         f"--backend={options.backend}",
         f"--path={options.policy}",
         f"--read-threads={options.read_threads}",
+        f"--cpus={options.cpus}",
     ]

@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit_are_refused_with_what_is_free(
     from headrace_loader.errors import OutOfMemory
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    backend = open_backend("cuda", BackendOptions(0, PathPolicy.OFF, 1))
+    backend = open_backend("cuda", BackendOptions(0, PathPolicy.OFF, 1, 1))
     with pytest.raises(OutOfMemory, match=rf"{device.uuid}.*{1 << 42} bytes.*bytes are free"):
         backend.allocate(1 << 42)
 

@@ -79,7 +79,7 @@ def calls() -> list[str]:
 def load(checkpoint: Path, policy: PathPolicy) -> str:
     """Load rank 0 into memory whose end is not clean; returns what it ended with."""
     try:
-        backend = open_backend("cuda", BackendOptions(0, policy, 2))
+        backend = open_backend("cuda", BackendOptions(0, policy, 2, 2))
         assert backend.device.startswith("GPU-")
         sources = load_manifest(checkpoint).sources(0)
         regions = [backend.allocate(source.nbytes) for source in sources]

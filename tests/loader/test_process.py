@@ -143,7 +143,7 @@ def test_a_worker_that_talks_nonsense_is_told_of_and_ended(
 
     monkeypatch.setattr(worker_process, "_command", command)
     news: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    worker = WorkerProcess(3, 0, WorkerOptions("host", PathPolicy.OFF, 1), news.put)
+    worker = WorkerProcess(3, 0, WorkerOptions("host", PathPolicy.OFF, 1, 1), news.put)
     event, end = news.get(timeout=30), news.get(timeout=30)
     worker.stop(10)
     assert isinstance(event, WorkerEvent)

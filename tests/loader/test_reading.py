@@ -109,7 +109,7 @@ def test_large_chunks_are_read_by_fewer_threads(
 
     monkeypatch.setattr(host, "run_parallel", record)
     monkeypatch.setattr(reading, "is_cached", lambda *_: False)
-    backend = HostBackend(BackendOptions(0, PathPolicy.OFF, 10))
+    backend = HostBackend(BackendOptions(0, PathPolicy.OFF, 10, 10))
     source = PartSource(path, 4096, 4096, chunk_bytes, "sha256", ("0",))
 
     class Silent:
@@ -122,14 +122,21 @@ def test_large_chunks_are_read_by_fewer_threads(
 
 
 @pytest.mark.parametrize(
-    ("cached", "cpus", "expected"),
-    [((True, True), 2, 2), ((True, True), 9, 8), ((True, True), 64, 40), ((True, False), 2, 40)],
+    ("cached", "cpus", "share", "expected"),
+    [
+        ((True, True), 2, 9, 2),
+        ((True, True), 9, 9, 8),
+        ((True, True), 9, 2, 2),
+        ((True, True), 64, 64, 40),
+        ((True, False), 2, 2, 40),
+    ],
 )
 def test_files_in_the_page_cache_are_read_by_threads_that_each_have_a_cpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     cached: tuple[bool, ...],
     cpus: int,
+    share: int,
     expected: int,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
@@ -139,12 +146,12 @@ def test_files_in_the_page_cache_are_read_by_threads_that_each_have_a_cpu(
         path.write_bytes(bytes(4096))
         monkeypatch.setattr(reading, "is_cached", lambda *_, one=one: one)
         files.append(PartFile(PartSource(path, 0, 4096, 1 << 20, "sha256", ("0",))))
-    assert reading.threads_for(files, 40) == expected
-    assert reading.threads_for(files, 1) == 1
+    assert reading.threads_for(files, 40, share) == expected
+    assert reading.threads_for(files, 1, share) == 1
     for file in files:
         file.close()
 
 
 def test_more_memory_than_there_are_addresses() -> None:
     with pytest.raises(OutOfMemory, match="9223372036854775807 bytes of host memory"):
-        HostBackend(BackendOptions(0, PathPolicy.OFF, 1)).allocate(2**63 - 1)
+        HostBackend(BackendOptions(0, PathPolicy.OFF, 1, 1)).allocate(2**63 - 1)

@@ -134,6 +134,8 @@ class BackendOptions:
     local_rank: int
     policy: PathPolicy
     read_threads: int
+    cpus: int
+    """How many CPUs it may keep busy: others load beside it."""
 
 
 BACKENDS = ("host", "cuda")

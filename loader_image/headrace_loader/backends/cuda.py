@@ -150,7 +150,7 @@ class CudaBackend:
         if mover is None or not any(file.buffered_reason for file in files):
             return None
         ring = Ring(self._buffers)
-        threads = threads_for(files, self._options.read_threads)
+        threads = threads_for(files, self._options.read_threads, self._options.cpus)
         return CompiledLoad(mover, digester, ring, threads, runs, progress.read)
 
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:

@@ -128,7 +128,8 @@ class HostBackend:
                 _load(piece, buffers.view, progress)
 
             most = max(1, _MAX_BUFFER_BYTES // chunk_bytes)
-            threads = threads_for(files, min(self._options.read_threads, most))
+            options = self._options
+            threads = threads_for(files, min(options.read_threads, most), options.cpus)
             run_parallel(pieces, [load] * threads)
 
     def _report(self, files: Sequence[PartFile]) -> PathReport:

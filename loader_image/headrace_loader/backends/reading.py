@@ -165,14 +165,14 @@ def staged(files: Sequence[PartFile], direct_reason: str, direct_message: str) -
     )
 
 
-def threads_for(files: Sequence[PartFile], most: int) -> int:
-    """Return by how many threads files are best read, `most` at most.
+def threads_for(files: Sequence[PartFile], most: int, share: int) -> int:
+    """Return by how many threads files are best read, `most` at most, with `share` CPUs.
 
     Reads from the page cache never wait: more threads than CPUs are in each other's way. An eighth
     of many CPUs are left to all else that runs: a thread that is put off holds up a whole block.
     """
     if all(file.cached for file in files):
-        cpus = usable_cpus()
+        cpus = min(share, usable_cpus())  # those near a GPU may be fewer
         return min(most, cpus - cpus // 8)
     return most
 
