@@ -19,6 +19,7 @@ from headrace_loader import worker_process
 from headrace_loader.backends import PathPolicy
 from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
 from headrace_loader.state import LoaderState, Settings
+from headrace_loader.system import usable_cpus
 from headrace_loader.worker_process import WorkerEnded, WorkerEvent, WorkerOptions, WorkerProcess
 from headrace_loader.worker_protocol import Failed
 
@@ -38,6 +39,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_ranks_share_the_cpus(
+    support: Any, tmp_path: Path, start_loader: Callable[..., Any]
+) -> None:
+    support.make_checkpoint(tmp_path / "three", ranks=3)
+    held = support.hold(tmp_path / "three" / "model-rank-0-part-0.safetensors")
+    loader = start_loader(tmp_path / "three", "--tensor-parallel-size=3")
+    loader.until_phase("Loading")
+    children = Path(f"/proc/{loader.process.pid}/task/{loader.process.pid}/children")
+    deadline, command = time.monotonic() + 30, [""]
+    while "headrace_loader.worker_main" not in command:
+        assert time.monotonic() < deadline
+        for worker in children.read_text().split():
+            command = Path(f"/proc/{worker}/cmdline").read_text().split("\0")
+    os.close(held)
+    assert f"--cpus={max(1, usable_cpus() // 3)}" in command
 
 
 @pytest.mark.skipif(
