@@ -211,6 +211,11 @@ def test_a_file_that_ends_early_is_told(move: Move) -> None:
     assert moved.load.moved == moved.done[0] * PIECE
 
 
+def test_without_threads_all_is_left(move: Move) -> None:
+    moved = move(driver := FakeDriver(), os.urandom(PIECE), PIECE, threads=0)
+    assert (moved.done, moved.load.moved, driver.did) == ([0], 0, [])
+
+
 @pytest.mark.parametrize("call", ["query", "record", "copy", "wait", "launch"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_failed_call_ends_all_and_leaves_the_rest_undone(
