@@ -66,7 +66,6 @@ class EngineCache:
         kind = re.sub(r"[^A-Za-z0-9._-]+", "-", processors())
         self._file = options.store / f"{options.key}-{kind}.zip"
         self._stopped = threading.Event()
-        self._restored: _Files = {}
         self._restoring = threading.Thread(target=self.restore, name="engine-cache", daemon=True)
 
     def start(self) -> None:
@@ -102,7 +101,6 @@ class EngineCache:
         except Exception as error:  # noqa: BLE001 - zipfile lets through what zlib and lzma raise
             self._say(EngineCachePhase.FAILED, f"{self._file}: {type(error).__name__}: {error}")
         else:
-            self._restored = files
             self._say(EngineCachePhase.RESTORED, str(self._file), files)
             with self._state.changing():
                 self._state.mark("engineCacheRestored")
@@ -120,12 +118,13 @@ class EngineCache:
             self._say(EngineCachePhase.FAILED, f"{self._file}: {error}")
 
     def publish(self) -> None:
-        """Replace the volume's file if the engine wrote anything that was not restored.
+        """Replace the volume's file if it has other files, or was damaged.
 
         Raises OSError, or ValueError where the caches are larger than `MAX_BYTES`.
         """
         files = dict(_regular_files(self._content))
-        if files == self._restored:
+        damaged = self._state.engine_cache.phase is EngineCachePhase.FAILED
+        if not damaged and files == self._published():
             return
         _check(len(files), sum(files.values()))
         prefix = f".{self._file.stem}."
@@ -143,6 +142,14 @@ class EngineCache:
         self._say(EngineCachePhase.PUBLISHED, str(self._file), files)
         with self._state.changing():
             self._state.mark("engineCachePublished")
+
+    def _published(self) -> _Files:
+        """Return what the volume's file lists; nothing where it cannot be read."""
+        try:
+            with zipfile.ZipFile(self._file) as archive:
+                return {entry.filename: entry.file_size for entry in archive.infolist()}
+        except Exception:  # noqa: BLE001 - as in restore
+            return {}
 
     def _remove_leftovers(self, prefix: str, now: float) -> None:
         """Remove what killed pods left; `now` is of the volume's clock."""

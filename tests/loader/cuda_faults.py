@@ -5,7 +5,7 @@
 First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
 with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
 read to the same place, also where it takes files and refuses to read. Then one for every call,
-which fails for lack of memory, and for a defect of the GPU's. Prints one line of JSON for each: the
+which fails for lack of memory, and for a defect of the GPU's; last, a GPU without code for it. Prints one line of JSON for each: the
 call, the way, the code, and what the load ended with.
 """
 
@@ -23,6 +23,7 @@ from headrace_loader.errors import LoaderError, StorageError
 UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 """They take back what a process that ends gives back, are of GPUDirect, or for a message."""
 OUT_OF_MEMORY, DEFECT = 2, 214  # CUDA_ERROR_ECC_UNCORRECTABLE
+NO_BINARY = 209
 WAYS = {
     "compiled": PathPolicy.OFF,
     "interpreted": PathPolicy.OFF,
@@ -123,6 +124,7 @@ def in_a_child(call: str, way: str, code: int) -> str:
 def main() -> None:
     """Print a line for each."""
     faults = [(call, "compiled", code) for code in (OUT_OF_MEMORY, DEFECT) for call in calls()]
+    faults.append(("cuModuleLoadData", "compiled", NO_BINARY))
     for call, way, code in (*(("none", way, 0) for way in WAYS), *faults):
         line = {"call": call, "way": way, "code": code, "end": in_a_child(call, way, code)}
         sys.stdout.write(json.dumps(line) + "\n")

@@ -102,6 +102,28 @@ def test_fake_cuda_fails_at_every_call_for_memory_and_for_defects(
             assert end == ("BackendUnavailable" if call in unopened else expected), (call, code)
 
 
+    assert [line["end"] for line in lines if line["code"] == 209] == ["BackendUnavailable"]
+
+
+def test_a_mocked_driver_that_lacks_a_call_is_too_old(
+    support: Any,
+    start_loader: Callable[..., Any],
+    tmp_path: Path,
+    compile_c: Callable[[Path, Path], None],
+) -> None:
+    (tmp_path / "old.c").write_text("int cuGetErrorName(void) { return 1; }")
+    (tmp_path / "old").mkdir()
+    compile_c(tmp_path / "old.c", tmp_path / "old" / "libcuda.so.1")
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(
+        tmp_path / "checkpoint", "--backend=cuda", LD_LIBRARY_PATH=str(tmp_path / "old")
+    )
+    assert loader.wait() == 69
+    termination = loader.termination()
+    assert termination["reason"] == "BackendUnavailable"
+    assert "the NVIDIA driver is too old: it has no cu" in termination["message"]
+
+
 def test_pinned_memory_is_bounded(fake_cuda: str) -> None:
     code = (
         "from headrace_loader.cuda.lanes import pinned_bytes\n"

@@ -27,9 +27,15 @@ class Pod:
         self.store = root / "store"
         self.store.mkdir(exist_ok=True)
         self.content = self.local / CONTENT
+        self.options = EngineCacheOptions(
+            local=self.local, store=self.store, key="k", engine_port=port
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin as a loader does."""
         self.state = LoaderState(Settings("host", PathPolicy.OFF, 1), 0.0)
-        options = EngineCacheOptions(local=self.local, store=self.store, key="k", engine_port=port)
-        self.cache = EngineCache(options, self.state)
+        self.cache = EngineCache(self.options, self.state)
 
     @property
     def phase(self) -> EngineCachePhase:
@@ -108,6 +114,19 @@ def test_nothing_new_is_not_written_again(tmp_path: Path) -> None:
     assert second.stored() == [stored.name]
 
 
+def test_a_restarted_container_does_not_write_the_same_again(tmp_path: Path) -> None:
+    pod = Pod(tmp_path, "pod")
+    pod.compiles(graph="compiled")
+    pod.cache.publish()
+    (stored,) = pod.store.iterdir()
+    before = stored.stat()
+    pod.restart()
+    pod.cache.restore()
+    assert pod.phase is EngineCachePhase.KEPT
+    pod.cache.publish()
+    assert stored.stat().st_ino == before.st_ino
+
+
 def test_the_engine_that_answers_triggers_publication(tmp_path: Path) -> None:
     with engine() as port:
         pod = Pod(tmp_path, "pod", port=port)
@@ -177,6 +196,11 @@ def test_a_damaged_file_is_said_and_ignored(tmp_path: Path, damage: str) -> None
     assert str(stored) in second.state.engine_cache.message
     assert not second.content.exists()
     assert list(second.local.iterdir()) == []
+    second.compiles(graph="compiled" * 100)
+    second.cache.publish()
+    third = Pod(tmp_path, "third")
+    third.cache.restore()
+    assert third.phase is EngineCachePhase.RESTORED
 
 
 def test_an_archive_cannot_write_outside(tmp_path: Path) -> None:

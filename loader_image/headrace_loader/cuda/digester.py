@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from headrace_loader.cuda.driver import CudaError, Kernel, Words
 from headrace_loader.cuda.runs import WORD
+from headrace_loader.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,9 +62,22 @@ class Digester:
 
 
 def _kernel() -> Kernel:
-    """Take machine code where it fits GPU and driver; compiling the PTX takes 35 ms and more."""
+    """Take machine code where it fits GPU and driver; compiling the PTX takes 35 ms and more.
+
+    Raises BackendUnavailable where neither fits.
+    """
     images = resources.files(__package__)
     try:
         return Kernel(images.joinpath("digest.fatbin").read_bytes(), _NAME)
-    except CudaError:
+    except CudaError as error:
+        if not error.no_code:
+            raise
+    try:
         return Kernel(images.joinpath("digest.ptx").read_bytes() + b"\0", _NAME)
+    except CudaError as error:
+        if not error.no_code:
+            raise
+        raise BackendUnavailable(
+            f"--backend cuda: {error}: the GPU has compute capability below 8.0, or its driver is "
+            "older than CUDA 11; use a newer one"
+        ) from None

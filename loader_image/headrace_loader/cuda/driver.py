@@ -6,7 +6,7 @@ that only queue work keep it, because getting it back can cost more than they do
 uses one device; its primary context exists only while the process lives, memory exported as a
 file descriptor lives on without it.
 
-Importing it raises ImportError where there is no driver. Numbers are those of cuda.h.
+Importing it raises ImportError where there is no driver, or one that lacks a call. Numbers are those of cuda.h.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ except OSError as missing:
     raise ImportError(str(missing)) from None
 
 _OUT_OF_MEMORY = 2
+_NO_BINARY, _INVALID_PTX, _UNSUPPORTED_PTX = 209, 218, 222
 _NOT_READY = 600
 _PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED
 _ON_DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
@@ -49,10 +50,11 @@ u64 = ctypes.c_ulonglong
 
 
 class CudaError(GpuFailed):
-    """A driver call failed; `out_of_memory` tells the one cause a user can mend."""
+    """A driver call failed; the attributes tell causes that a user can mend."""
 
     def __init__(self, call: str, code: int) -> None:
         self.out_of_memory = code == _OUT_OF_MEMORY
+        self.no_code = code in (_NO_BINARY, _INVALID_PTX, _UNSUPPORTED_PTX)
         name = c_char_p()
         _library.cuGetErrorName(c_int(code), byref(name))
         super().__init__(f"{call}: {name.value.decode() if name.value else code}")
@@ -68,7 +70,10 @@ def bind(name: str, *kinds: Any, queues: bool = False) -> Any:  # noqa: ANN401 -
 
     `queues` tells that it only queues work and never waits for the device.
     """
-    function = getattr(_library_keeping_lock if queues else _library, name)
+    try:
+        function = getattr(_library_keeping_lock if queues else _library, name)
+    except AttributeError:
+        raise ImportError(f"the NVIDIA driver is too old: it has no {name}") from None
     function.argtypes = kinds
     function.errcheck = _check
     return function
