@@ -178,7 +178,7 @@ def parser() -> tuple[ArgumentParser, Commands]:
         help="the model: a directory, s3://BUCKET/PREFIX or hf://OWNER/NAME",
     )
     sharding.add_argument(
-        "--revision", default="main", help="branch, tag or commit of an hf:// source (main)"
+        "--revision", default="main", help="branch, tag or commit of an hf:// source"
     )
     sharding.add_argument(
         "--output", type=_output, required=True, help="directory to publish the checkpoint at"
@@ -210,7 +210,7 @@ def parser() -> tuple[ArgumentParser, Commands]:
         "less where the workers would have none)",
     )
     sharding.add_argument(
-        "--workers", type=whole_number(1), default=1, help="processes that share the work (1)"
+        "--workers", type=whole_number(1), default=1, help="processes that share the work"
     )
     sharding.add_argument(
         "--worker",
@@ -227,7 +227,7 @@ def parser() -> tuple[ArgumentParser, Commands]:
     verifying.set_defaults(command=_verify)
     verifying.add_argument("directory", type=Path)
     verifying.add_argument("--source", help="also check that it was made of this model")
-    verifying.add_argument("--revision", default="main", help="of an hf:// source (main)")
+    verifying.add_argument("--revision", default="main", help="of an hf:// source")
     deleting = commands.add_parser("delete", help="delete checkpoints that nobody uses")
     deleting.set_defaults(command=_delete)
     deleting.add_argument("directories", nargs="+", type=_output, metavar="DIRECTORY")

@@ -8,14 +8,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _TERMINATION_LOG = "/dev/termination-log"
 _MAX_TERMINATION_BYTES = 3072
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds defaults, where there are any and the text has no own word for them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ")"
+        if text.endswith(")") or action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{text} (%(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Exits with EX_USAGE; argparse's own 2 says nothing to whoever reads exit codes."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - argparse's own
+        super().__init__(formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong in one sentence, and exit."""

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="headrace load --watch", description=__doc__)
     parser.add_argument("url", type=_url, help="of the loader's status server")
     parser.add_argument(
-        "--timeout", type=_seconds, default=60.0, help="seconds to wait for an answer (60)"
+        "--timeout", type=_seconds, default=60.0, help="seconds to wait for an answer"
     )
     add_form(parser, "--output")
     options = parser.parse_args(arguments)

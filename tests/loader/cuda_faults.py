@@ -5,8 +5,8 @@
 First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
 with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
 read to the same place, also where it takes files and refuses to read. Then one for every call,
-which fails for lack of memory, and for a defect of the GPU's; last, a GPU without code for it. Prints one line of JSON for each: the
-call, the way, the code, and what the load ended with.
+which fails for lack of memory, and for a defect of the GPU's; last, a GPU that has no code. Prints
+one line of JSON for each: the call, the way, the code, and what the load ended with.
 """
 
 import ctypes

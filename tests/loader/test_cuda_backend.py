@@ -101,7 +101,6 @@ def test_fake_cuda_fails_at_every_call_for_memory_and_for_defects(
             expected = "GpuFailed" if call in small else reason
             assert end == ("BackendUnavailable" if call in unopened else expected), (call, code)
 
-
     assert [line["end"] for line in lines if line["code"] == 209] == ["BackendUnavailable"]
 
 

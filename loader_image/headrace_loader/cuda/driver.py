@@ -6,7 +6,8 @@ that only queue work keep it, because getting it back can cost more than they do
 uses one device; its primary context exists only while the process lives, memory exported as a
 file descriptor lives on without it.
 
-Importing it raises ImportError where there is no driver, or one that lacks a call. Numbers are those of cuda.h.
+Importing it raises ImportError where there is no driver, or one that lacks a call. Numbers are of
+cuda.h.
 """
 
 from __future__ import annotations
