@@ -24,6 +24,12 @@ UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 """They take back what a process that ends gives back, are of GPUDirect, or for a message."""
 OUT_OF_MEMORY, DEFECT = 2, 214  # CUDA_ERROR_ECC_UNCORRECTABLE
 NO_BINARY = 209
+ONCE = [
+    (f"{call}:{DEFECT}:{n}", "compiled", DEFECT)
+    for call in ("cuStreamWaitEvent", "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventQuery")
+    for n in (3, 4, 5)
+]
+"""What fails once, when a part of the weights is done already."""
 WAYS = {
     "compiled": PathPolicy.OFF,
     "interpreted": PathPolicy.OFF,
@@ -99,13 +105,13 @@ def load(checkpoint: Path, policy: PathPolicy) -> str:
     return "loaded"
 
 
-def in_a_child(call: str, way: str, code: int) -> str:
-    """Let `call` fail with `code` in a process of its own; returns how the load ended."""
+def in_a_child(fault: str, way: str) -> str:
+    """Let a `fault` of fake_cuda.c happen in a process of its own; returns how the load ended."""
     checkpoint, mover = map(Path, sys.argv[1:])
     reading_end, writing_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.environ["FAKE_CUDA_FAIL"] = f"{call}:{code}"
+        os.environ["FAKE_CUDA_FAIL"] = fault
         reading.is_cached = lambda *_: way != "direct"
         found = native.mover(mover) if way == "compiled" else None
         native.mover = lambda: found
@@ -125,8 +131,9 @@ def main() -> None:
     """Print a line for each."""
     faults = [(call, "compiled", code) for code in (OUT_OF_MEMORY, DEFECT) for call in calls()]
     faults.append(("cuModuleLoadData", "compiled", NO_BINARY))
-    for call, way, code in (*(("none", way, 0) for way in WAYS), *faults):
-        line = {"call": call, "way": way, "code": code, "end": in_a_child(call, way, code)}
+    for call, way, code in (*(("none", way, 0) for way in WAYS), *faults, *ONCE):
+        fault = call if (call, way, code) in ONCE else f"{call}:{code}"
+        line = {"call": call, "way": way, "code": code, "end": in_a_child(fault, way)}
         sys.stdout.write(json.dumps(line) + "\n")
 
 

@@ -1,6 +1,7 @@
 // A stand-in for libcuda.so.1, the GPU driver's library, where there is no GPU: device memory is
 // host memory. What is queued is done as late as the driver may do it, when somebody waits for it,
-// so that a buffer that is used again too early shows. FAKE_CUDA_FAIL="call:code" lets a call fail.
+// so that a buffer that is used again too early shows. FAKE_CUDA_FAIL="call:code" lets a call fail,
+// "call:code:n" the n-th one alone.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
@@ -27,9 +28,13 @@ static struct { char *begin; size_t size; } pinned[64];
 static int pins, context;
 
 static int fault(const char *call) {
+  static int calls;
   const char *told = getenv("FAKE_CUDA_FAIL");
   size_t length = strlen(call);
-  return told && !strncmp(told, call, length) && told[length] == ':' ? atoi(told + length + 1) : 0;
+  if (!told || strncmp(told, call, length) || told[length] != ':') return 0;
+  char *rest;
+  int code = (int)strtol(told + length + 1, &rest, 10);
+  return *rest != ':' || ++calls == atoi(rest + 1) ? code : 0;
 }
 #define CALL(...) \
   int code = fault(__func__); \

@@ -128,12 +128,14 @@ class CudaBackend:
             by_run = bool(direct) or native.mover() is None or not _all_buffered(files)
             runs = list(cut(files, pointers, self._options.read_threads if by_run else 1))
             lanes = self._lanes(direct, pointers[0], digester) if by_run else ()
-            # Last of all that may fail: its threads wait for what comes next.
             load = None if direct else self._compiled(files, runs, digester, progress)
+            if load:
+                stack.callback(load.close)
             progress.path(report)
             left = runs if load is None else load.move()
             if left:
-                lanes = lanes or self._lanes(direct, pointers[0], digester)
+                # What is used for practice must be moved later: the rest is verified already.
+                lanes = lanes or self._lanes(direct, left[0].pointer, digester)
                 run_parallel(left, [self._mover(lane, digester, progress) for lane in lanes])
             found = digester.results([way.stream for way in (load, *lanes) if way])
         if found != expected:

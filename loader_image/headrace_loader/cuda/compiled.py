@@ -88,16 +88,22 @@ class CompiledLoad:
             next_bytes=min(FIRST_BYTES, ring.slot_bytes),
         )
         self._teller = Teller(self._load, moved)
+        self._teller.start()  # before threads that have to be ended if it fails
         mover.prepare(self._load)
         try:
             first = self._taken[0]  # used while threads and cores wake up
             ring.warm(first.pointer, first.end - first.begin, digester)
+            mover.wake(self._load)
         except BaseException:
-            self._load.failed = 1
-            mover.load(self._load)  # moves nothing, and ends the threads
+            self.close()
             raise
-        self._teller.start()
-        mover.wake(self._load)
+
+    def close(self) -> None:
+        """End the threads, if nothing was moved; they use what is freed with this object."""
+        if not self._load.begun:
+            self._load.failed = 1
+            self._mover.load(self._load)
+            self._teller.end()
 
     def move(self) -> list[Run]:
         """Move them; returns those left over, where something failed or reads are direct.
@@ -143,10 +149,9 @@ class Teller:
 
     def _tell(self) -> None:
         with self._lock:
-            new = self._load.moved - self._told
-            self._told += new
-        if new:
-            self._moved(new)
+            if new := self._load.moved - self._told:
+                self._told += new
+                self._moved(new)
 
 
 def _run(run: Run, digester: Digester) -> native.Run:
