@@ -128,6 +128,46 @@ def test_a_mocked_driver_that_lacks_a_call_is_too_old(
     assert "the NVIDIA driver is too old: it has no cu" in termination["message"]
 
 
+ENDED = """
+import os, sys, time
+from pathlib import Path
+from headrace_loader.backends import BackendOptions, PathPolicy, open_backend
+from headrace_loader.checkpoint import load_manifest
+from headrace_loader.cuda import native
+native.mover = lambda found=native.mover(Path(sys.argv[2])): found
+class Failing:
+    def path(self, report): print(threads() - before, flush=True); raise SystemError("path")
+    def read(self, nbytes): pass
+    def verified(self, nbytes): pass
+def threads(): return len(os.listdir("/proc/self/task"))
+backend = open_backend("cuda", BackendOptions(0, PathPolicy.OFF, 4, 4))
+sources = load_manifest(Path(sys.argv[1])).sources(0)
+regions = [backend.allocate(source.nbytes) for source in sources]
+before = threads()
+try:
+    backend.fill(list(zip(regions, sources)), Failing())
+except SystemError:
+    deadline = time.monotonic() + 10
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(threads() - before)
+"""
+
+
+def test_threads_end_where_a_load_on_fake_cuda_ends_before_its_first_byte(
+    support: Any, tmp_path: Path, fake_cuda: str
+) -> None:
+    support.make_checkpoint(
+        tmp_path / "checkpoint", parts=PARTS, chunk_bytes=65536, algorithm="multilinear64"
+    )
+    command = [sys.executable, "-c", ENDED, tmp_path / "checkpoint", f"{fake_cuda}/mover.so"]
+    environment = os.environ | {"LD_LIBRARY_PATH": fake_cuda}
+    out = subprocess.check_output(command, env=environment, text=True, timeout=60)
+    started, left = map(int, out.split())
+    assert started > 1
+    assert left == 0
+
+
 def test_pinned_memory_is_bounded(fake_cuda: str) -> None:
     code = (
         "from headrace_loader.cuda.lanes import pinned_bytes\n"
