@@ -118,13 +118,13 @@ class EngineCache:
             self._say(EngineCachePhase.FAILED, f"{self._file}: {error}")
 
     def publish(self) -> None:
-        """Replace the volume's file if it has other files, or was damaged.
+        """Replace the volume's file if it lacks what the engine wrote, or was damaged.
 
         Raises OSError, or ValueError where the caches are larger than `MAX_BYTES`.
         """
         files = dict(_regular_files(self._content))
         damaged = self._state.engine_cache.phase is EngineCachePhase.FAILED
-        if not damaged and files == self._published():
+        if not damaged and files.items() <= self._published().items():
             return
         _check(len(files), sum(files.values()))
         prefix = f".{self._file.stem}."

@@ -114,6 +114,20 @@ def test_nothing_new_is_not_written_again(tmp_path: Path) -> None:
     assert second.stored() == [stored.name]
 
 
+def test_what_another_pod_added_is_not_replaced_by_less(tmp_path: Path) -> None:
+    first, second, third = (Pod(tmp_path, name) for name in ("first", "second", "third"))
+    first.compiles(graph="compiled")
+    first.cache.publish()
+    second.cache.restore()
+    third.cache.restore()
+    second.compiles(more="of another configuration")
+    second.cache.publish()
+    (stored,) = second.store.iterdir()
+    before = stored.stat()
+    third.cache.publish()
+    assert stored.stat().st_ino == before.st_ino
+
+
 def test_a_restarted_container_does_not_write_the_same_again(tmp_path: Path) -> None:
     pod = Pod(tmp_path, "pod")
     pod.compiles(graph="compiled")
