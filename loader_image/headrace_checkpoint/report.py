@@ -18,10 +18,10 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Adds defaults, where there are any and the text has no own word for them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ")"
-        if text.endswith(")") or action.default in (None, False, argparse.SUPPRESS):
+        told = not action.help or action.help.endswith(")")
+        if told or action.default in (None, False, argparse.SUPPRESS):
             return action.help
-        return f"{text} (%(default)s)"
+        return f"{action.help} (%(default)s)"
 
 
 class ArgumentParser(argparse.ArgumentParser):

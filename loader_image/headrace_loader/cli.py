@@ -114,12 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine-cache-store", type=Path, help="directory on the volume")
     add("--engine-cache-dir", type=Path, default=Path("/headrace/cache"), help="engine's directory")
     add("--engine-cache-key", type=_file_name, default="engine", help="name of model and engine")
-    add(
-        "--engine-port",
-        type=port,
-        default=8000,
-        help="port of the engine's /health",
-    )
+    add("--engine-port", type=port, default=8000, help="port of the engine's /health")
     return parser
 
 

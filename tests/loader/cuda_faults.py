@@ -6,7 +6,8 @@ First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every
 with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
 read to the same place, also where it takes files and refuses to read. Then one for every call,
 which fails for lack of memory, and for a defect of the GPU's; last, a GPU that has no code. Prints
-one line of JSON for each: the call, the way, the code, and what the load ended with.
+one line of JSON for each: the call, the way, the code, which call of that name fails (0: all), and
+what the load ended with.
 """
 
 import ctypes
@@ -25,9 +26,9 @@ UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 OUT_OF_MEMORY, DEFECT = 2, 214  # CUDA_ERROR_ECC_UNCORRECTABLE
 NO_BINARY = 209
 ONCE = [
-    (f"{call}:{DEFECT}:{n}", "compiled", DEFECT)
+    (call, "compiled", DEFECT, nth)
     for call in ("cuStreamWaitEvent", "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventQuery")
-    for n in (3, 4, 5)
+    for nth in (3, 4, 5)
 ]
 """What fails once, when a part of the weights is done already."""
 WAYS = {
@@ -129,11 +130,11 @@ def in_a_child(fault: str, way: str) -> str:
 
 def main() -> None:
     """Print a line for each."""
-    faults = [(call, "compiled", code) for code in (OUT_OF_MEMORY, DEFECT) for call in calls()]
-    faults.append(("cuModuleLoadData", "compiled", NO_BINARY))
-    for call, way, code in (*(("none", way, 0) for way in WAYS), *faults, *ONCE):
-        fault = call if (call, way, code) in ONCE else f"{call}:{code}"
-        line = {"call": call, "way": way, "code": code, "end": in_a_child(fault, way)}
+    faults = [(call, "compiled", code, 0) for code in (OUT_OF_MEMORY, DEFECT) for call in calls()]
+    faults.append(("cuModuleLoadData", "compiled", NO_BINARY, 0))
+    for call, way, code, nth in (*(("none", way, 0, 0) for way in WAYS), *faults, *ONCE):
+        end = in_a_child(f"{call}:{code}:{nth}" if nth else f"{call}:{code}", way)
+        line = {"call": call, "way": way, "code": code, "nth": nth, "end": end}
         sys.stdout.write(json.dumps(line) + "\n")
 
 

@@ -93,7 +93,7 @@ def test_fake_cuda_fails_at_every_call_for_memory_and_for_defects(
     unopened = opening | {"cuCtxSetCurrent"}
     small = {"cuDeviceGetUuid_v2", "cuMemExportToShareableHandle"}  # where no memory can be missing
     for code, reason in ((2, "OutOfMemory"), (214, "GpuFailed")):
-        always = [line for line in lines if ":" not in line["call"]]
+        always = [line for line in lines if not line["nth"]]
         ends = {line["call"]: line["end"] for line in always if line["code"] == code}
         assert len(ends) > 20
         # Only compiled code calls it: Python does the rest of the load, without it.
@@ -104,7 +104,7 @@ def test_fake_cuda_fails_at_every_call_for_memory_and_for_defects(
 
     assert [line["end"] for line in lines if line["code"] == 209] == ["BackendUnavailable"]
     # A part is done by compiled code then, and the rest again in Python: content is compared.
-    once = {line["call"]: line["end"] for line in lines if ":" in line["call"]}
+    once = {(line["call"], line["nth"]): line["end"] for line in lines if line["nth"]}
     assert once == dict.fromkeys(once, "loaded")
     assert len(once) == 12
 

@@ -168,32 +168,35 @@ def test_all_bytes_arrive_padded_with_zeros_to_whole_words(move: Move, size: int
 def test_slots_take_turns_and_each_is_waited_for(move: Move) -> None:
     driver = FakeDriver()
     move(driver, os.urandom(4 * SLOT), 4 * SLOT)
-    records = [event for what, event in driver.did if what == "record"]
-    assert sorted(records) == [1, 1, 2, 2]  # who is late may find the second block first
+    *blocks, wait, launch = driver.did
+    # Who is late may find the second block first. The run's digests wait for the last one queued.
+    assert blocks[::2] == [("copy", SLOT)] * 4
+    assert sorted(blocks[1::2]) == [("record", event) for event in (1, 1, 2, 2)]
+    assert (wait, launch) == (("wait", blocks[-1][1]), ("launch", 4 * SLOT // 4096))
     assert min(driver.asked.count(1), driver.asked.count(2)) >= 2
 
 
 def test_blocks_grow_to_the_size_of_a_slot(move: Move) -> None:
-    driver = FakeDriver()
+    driver = FakeDriver(slots=1)  # in order
     move(driver, os.urandom(2 * SLOT), 2 * SLOT, first=PIECE)
     sizes = [size for what, size in driver.did if what == "copy"]
-    assert sorted(sizes) == [PIECE, PIECE, 2 * PIECE, SLOT]
+    assert sizes == [PIECE, 2 * PIECE, SLOT, PIECE]
 
 
 def test_digests_are_queued_behind_the_copies_of_each_run(move: Move) -> None:
-    driver = FakeDriver()
+    driver = FakeDriver(slots=1)
     moved = move(driver, os.urandom(SLOT + 12288 + 4097), SLOT + 12288, 4097)
     places = [run.pointer for run in moved.runs]
     words, chunks = (SLOT + 12288) // 8, SLOT // 4096 + 3
-    shape = (1, 256, 1, 1, 0, DIGESTING)
-    assert set(driver.launched) == {
-        (KERNEL, 16, chunks, *shape, places[0], words, 512, DIGESTS),
-        (KERNEL, 16, 2, *shape, places[1], 513, 512, DIGESTS + 1),
-    }
-    for sizes, launched in (((SLOT, 12288), chunks), ((4104,), 2)):
-        end = driver.did.index(("launch", launched))
-        assert {("copy", size) for size in sizes} <= set(driver.did[:end])
-        assert driver.did[end - 1][0] == "wait"
+    assert driver.launched == [
+        (KERNEL, 16, chunks, 1, 256, 1, 1, 0, DIGESTING, places[0], words, 512, DIGESTS),
+        (KERNEL, 16, 2, 1, 256, 1, 1, 0, DIGESTING, places[1], 513, 512, DIGESTS + 1),
+    ]
+    assert driver.did == [
+        *(("copy", SLOT), ("record", 1), ("copy", 12288), ("record", 1)),
+        *(("wait", 1), ("launch", chunks)),
+        *(("copy", 4104), ("record", 1), ("wait", 1), ("launch", 2)),
+    ]
 
 
 @pytest.mark.parametrize("slots", [1, 3])
