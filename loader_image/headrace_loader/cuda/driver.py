@@ -312,7 +312,6 @@ class Words:
     """64-bit words on the device, zero at first."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
         pointer = u64()
         _alloc(byref(pointer), count * ctypes.sizeof(u64))
         self.pointer = int(pointer.value)
