@@ -24,7 +24,7 @@ from headrace_loader.backends import (
 from headrace_loader.backends.parallel import run_parallel
 from headrace_loader.backends.reading import ALIGNMENT, PartFile, staged, threads_for
 from headrace_loader.cuda import gds, native
-from headrace_loader.cuda.compiled import CompiledLoad, Ring
+from headrace_loader.cuda.compiled import CompiledLoad
 from headrace_loader.cuda.digester import Digester
 from headrace_loader.cuda.driver import Allocation, CudaError, Device, HostBuffer
 from headrace_loader.cuda.lanes import DirectLane, Lane, pinned_bytes, staged_lanes
@@ -122,15 +122,19 @@ class CudaBackend:
         with ExitStack() as stack:
             files = [stack.enter_context(PartFile(s)) for s in sources]
             expected = _digests(sources)
-            digester = Digester(len(expected))
             pointers = [_pointer(region) for region, _ in transfers]
             direct, report = self._path(files, pointers[0])
             by_run = bool(direct) or native.mover() is None or not _all_buffered(files)
             runs = list(cut(files, pointers, self._options.read_threads if by_run else 1))
-            lanes = self._lanes(direct, pointers[0], digester) if by_run else ()
-            load = None if direct else self._compiled(files, runs, digester, progress)
+            load = None if direct else self._compiled(files, runs, progress)
             if load:
                 stack.callback(load.close)
+            digester = Digester(len(expected))
+            if not direct:
+                self._buffers.pin()
+            lanes = self._lanes(direct, pointers[0], digester) if by_run else ()
+            if load:
+                load.ready(digester)
             progress.path(report)
             left = runs if load is None else load.move()
             if left:
@@ -145,15 +149,14 @@ class CudaBackend:
         digester.close()
 
     def _compiled(
-        self, files: Sequence[PartFile], runs: list[Run], digester: Digester, progress: Progress
+        self, files: Sequence[PartFile], runs: list[Run], progress: Progress
     ) -> CompiledLoad | None:
-        """Prepare the load of what is in the page cache; None where nothing is, or no mover."""
+        """Begin the load of what is in the page cache; None where nothing is, or no mover."""
         mover = native.mover()
         if mover is None or not any(file.buffered_reason for file in files):
             return None
-        ring = Ring(self._buffers)
         threads = threads_for(files, self._options.read_threads, self._options.cpus)
-        return CompiledLoad(mover, digester, ring, threads, runs, progress.read)
+        return CompiledLoad(mover, self._buffers, threads, runs, progress.read)
 
     def _mover(self, lane: Lane, digester: Digester, progress: Progress) -> Callable[[Run], None]:
         def move(run: Run) -> None:
@@ -185,7 +188,6 @@ class CudaBackend:
                 direct = gds.Probe(False, reason, str(error))
             else:
                 return opened, PathReport("GPUDirect", "", True, "", "")
-        self._buffers.pin()
         report = staged(files, direct.reason, direct.message)
         if report.path != "O_DIRECT" and native.mover() is None:
             report = replace(report, reason="; ".join(filter(None, (report.reason, _NO_MOVER))))

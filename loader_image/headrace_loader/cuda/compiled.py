@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from headrace_loader.cuda import driver, native
 from headrace_loader.cuda.digester import BLOCKS_PER_CHUNK, THREADS
@@ -25,44 +25,18 @@ PIECE_BYTES = 512 * 1024
 _REPORT_SECONDS = 0.05
 
 
-class Ring:
-    """Slots in pinned memory that all threads fill together, and the streams behind them."""
-
-    def __init__(self, pinned: driver.HostBuffer) -> None:
-        self._pinned = pinned  # it has to live
-        self.slot_bytes = min(SLOT_BYTES, pinned.size // SLOTS // WORD * WORD)
-        self.copies, self.digests = driver.Stream(), driver.Stream()
-        self._events = [driver.Event() for _ in range(SLOTS)]
-
-    def warm(self, pointer: int, size: int, digester: Digester) -> None:
-        """Use what a load will use, where `size` bytes come later: first times are long."""
-        nbytes = max(min(size, FIRST_BYTES, self.slot_bytes) // WORD, 1) * WORD
-        self.copies.copy_to_device(pointer, self._pinned.address, nbytes)
-        self._events[0].record(self.copies)
-        digester.warm(self.digests, pointer)
-        digester.results((self.digests, self.copies))
-
-    def native(self) -> Any:  # noqa: ANN401 - an array, which has no type without its length
-        """Return the slots as compiled code sees them; this object has to live as long."""
-        slots = (native.Slot * SLOTS)()
-        for n, event in enumerate(self._events):
-            slots[n].buffer = self._pinned.address + n * self.slot_bytes
-            slots[n].event = event.handle
-        return slots
-
-
 class CompiledLoad:
-    """Runs, ready to be moved through `ring`; `moved` is told of bytes while they come.
+    """Runs, to be moved through `pinned`; `moved` is told of bytes while they come.
 
-    All that can be done before the first byte is done here, starting threads too; they wait for
-    `move`. Direct reads are left out: storage is slower than the interpreter.
+    All that can be done before the first byte is done before `move`. Threads start here: cores
+    that slept read half as fast for two milliseconds, which a GPU takes anyway to get ready.
+    Direct reads are left out: storage is slower than the interpreter.
     """
 
     def __init__(
         self,
         mover: native.Mover,
-        digester: Digester,
-        ring: Ring,
+        pinned: driver.HostBuffer,
         threads: int,
         runs: Sequence[Run],
         moved: Callable[[int], None],
@@ -70,33 +44,45 @@ class CompiledLoad:
         self._mover = mover
         self._all = runs
         self._taken = [run for run in runs if run.file.buffered_reason]
-        self._ring = ring
+        self._pinned = pinned  # it has to live
+        slot_bytes = min(SLOT_BYTES, pinned.size // SLOTS // WORD * WORD)
         self._load = native.Load(
             *map(driver.address, native.CALLS),
-            digester.kernel,
-            ring.copies.handle,
-            ring.digests.handle,
-            (native.Run * len(self._taken))(*(_run(run, digester) for run in self._taken)),
-            ring.native(),
+            runs=(native.Run * len(self._taken))(*map(_run, self._taken)),
+            slots=(native.Slot * SLOTS)(
+                *(native.Slot(pinned.address + n * slot_bytes) for n in range(SLOTS))
+            ),
             run_count=len(self._taken),
             slot_count=SLOTS,
             thread_count=threads,
-            slot_bytes=ring.slot_bytes,
+            slot_bytes=slot_bytes,
             piece_bytes=PIECE_BYTES,
             blocks=BLOCKS_PER_CHUNK,
             threads=THREADS,
-            next_bytes=min(FIRST_BYTES, ring.slot_bytes),
+            next_bytes=min(FIRST_BYTES, slot_bytes),
         )
         self._teller = Teller(self._load, moved)
         self._teller.start()  # before threads that have to be ended if it fails
         mover.prepare(self._load)
-        try:
-            first = self._taken[0]  # used while threads and cores wake up
-            ring.warm(first.pointer, first.end - first.begin, digester)
-            mover.wake(self._load)
-        except BaseException:
-            self.close()
-            raise
+
+    def ready(self, digester: Digester) -> None:
+        """Make what is needed on the GPU and use it: first times are long; `pinned` is pinned."""
+        self._copies, self._digests = driver.Stream(), driver.Stream()
+        self._events = [driver.Event() for _ in range(SLOTS)]
+        load = self._load
+        load.kernel = digester.kernel
+        load.copies, load.digests = self._copies.handle, self._digests.handle
+        for n, event in enumerate(self._events):
+            load.slots[n].event = event.handle
+        for n, run in enumerate(self._taken):
+            load.runs[n].digests = digester.place(run.index)
+        first = self._taken[0]
+        nbytes = max(min(first.end - first.begin, load.next_bytes) // WORD, 1) * WORD
+        self._copies.copy_to_device(first.pointer, self._pinned.address, nbytes)
+        self._events[0].record(self._copies)
+        digester.warm(self._digests, first.pointer)
+        digester.results((self._digests, self._copies))
+        self._mover.wake(load)
 
     def close(self) -> None:
         """End the threads, if nothing was moved; they use what is freed with this object."""
@@ -116,13 +102,13 @@ class CompiledLoad:
         done = {run for n, run in enumerate(self._taken) if self._load.runs[n].done}
         left = [run for run in self._all if run not in done]
         if left:
-            self._ring.copies.synchronize()
+            self._copies.synchronize()
         return left
 
     @property
     def stream(self) -> driver.Stream:
         """Where digests are queued, each behind the copies of what it is of."""
-        return self._ring.digests
+        return self._digests
 
 
 class Teller:
@@ -154,13 +140,7 @@ class Teller:
                 self._moved(new)
 
 
-def _run(run: Run, digester: Digester) -> native.Run:
+def _run(run: Run) -> native.Run:
     source = run.file.source
-    return native.Run(
-        source.offset + run.begin,
-        run.end - run.begin,
-        run.pointer,
-        source.chunk_bytes,
-        digester.place(run.index),
-        file=run.file.fileno(),
-    )
+    offset, nbytes = source.offset + run.begin, run.end - run.begin
+    return native.Run(offset, nbytes, run.pointer, source.chunk_bytes, file=run.file.fileno())
