@@ -147,7 +147,7 @@ class EngineCache:
         """Return what the volume's file lists; nothing where it cannot be read."""
         try:
             with zipfile.ZipFile(self._file) as archive:
-                return {entry.filename: entry.file_size for entry in archive.infolist()}
+                return _listed(archive)
         except Exception:  # noqa: BLE001 - as in restore
             return {}
 
@@ -172,7 +172,7 @@ class EngineCache:
                 fresh.rename(self._content)
             if fresh.exists():
                 raise FileExistsError("an engine that did not wait has begun to compile")
-        return dict(_regular_files(self._content))
+            return _listed(archive)
 
     def _say(self, phase: EngineCachePhase, message: str, files: _Files | None = None) -> None:
         nbytes = sum(files.values()) if files else 0
@@ -207,6 +207,11 @@ def _answers(url: str) -> bool:
             return True
     except (OSError, HTTPException):  # URLError is an OSError
         return False
+
+
+def _listed(archive: zipfile.ZipFile) -> _Files:
+    """Return path and size of each file in an archive."""
+    return {entry.filename: entry.file_size for entry in archive.infolist()}
 
 
 def _regular_files(root: Path) -> Iterator[tuple[str, int]]:
