@@ -130,6 +130,7 @@ class Moved:
         )
         mover.prepare(self.load)
         mover.load(self.load)
+        mover.release(self.load)
         os.close(descriptor)
         self.target = target.raw
         self.done = [run.done for run in self.runs]

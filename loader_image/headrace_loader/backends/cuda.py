@@ -142,10 +142,10 @@ class CudaBackend:
                 lanes = lanes or self._lanes(direct, left[0].pointer, digester)
                 run_parallel(left, [self._mover(lane, digester, progress) for lane in lanes])
             found = digester.results([way.stream for way in (load, *lanes) if way])
-        if found != expected:
-            raise _mismatch(sources, expected, found)
-        for source in sources:
-            progress.verified(source.nbytes)
+            if found != expected:
+                raise _mismatch(sources, expected, found)
+            for source in sources:
+                progress.verified(source.nbytes)
         digester.close()
 
     def _compiled(

@@ -85,11 +85,12 @@ class CompiledLoad:
         self._mover.wake(load)
 
     def close(self) -> None:
-        """End the threads, if nothing was moved; they use what is freed with this object."""
+        """End the threads, once what was queued is done; they use what this object has."""
         if not self._load.begun:
             self._load.failed = 1
             self._mover.load(self._load)
             self._teller.end()
+        self._mover.release(self._load)
 
     def move(self) -> list[Run]:
         """Move them; returns those left over, where something failed or reads are direct.
@@ -103,6 +104,7 @@ class CompiledLoad:
         left = [run for run in self._all if run not in done]
         if left:
             self._copies.synchronize()
+            self._mover.release(self._load)
         return left
 
     @property

@@ -50,7 +50,7 @@ struct load {
   char apart[64];  // what all wait for shares no cache line with what all read
   uint64_t locked, next_run, next_begin, next_bytes, opened, taken, all_open;  // changed by who has the lock
   char apart_too[64];
-  uint64_t running, started, woken, ready, begun, moved, failed;
+  uint64_t running, started, woken, ready, begun, moved, failed, released, present;
 };
 
 struct piece {
@@ -212,10 +212,12 @@ static void *work_beside(void *given) {
   for (unsigned spins = 0; !load_of(&load->begun);) wait_a_little(&spins);
   if (read_all(load)) fail(load);
   __atomic_sub_fetch(&load->running, 1, __ATOMIC_RELEASE);
+  for (unsigned spins = 0; !load_of(&load->released);) wait_a_little(&spins);
+  __atomic_sub_fetch(&load->present, 1, __ATOMIC_RELEASE);
   return NULL;
 }
 
-// Starts the threads that read. headrace_load has to follow: they wait for it.
+// Starts the threads that read. headrace_load has to follow, and headrace_release: they wait for it.
 void headrace_prepare(struct load *load) {
   for (uint64_t n = 0; n < load->run_count; ++n) load->runs[n].left = load->runs[n].size;
   pthread_attr_t detached;
@@ -223,8 +225,10 @@ void headrace_prepare(struct load *load) {
   pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
   for (uint64_t n = 0; n < load->thread_count; ++n) {
     pthread_t thread;
+    __atomic_add_fetch(&load->present, 1, __ATOMIC_RELAXED);
     __atomic_add_fetch(&load->running, 1, __ATOMIC_RELAXED);
     if (pthread_create(&thread, &detached, work_beside, load)) {
+      __atomic_sub_fetch(&load->present, 1, __ATOMIC_RELAXED);
       __atomic_sub_fetch(&load->running, 1, __ATOMIC_RELAXED);
       break;
     }
@@ -240,11 +244,18 @@ void headrace_wake(struct load *load) {
 
 // Moves all runs, in the thread's current context, and returns when their copies and digests are
 // queued. A run that is not `done` afterwards has to be moved again, by what can tell why it failed:
-// its digests are not queued, and some of its copies may be.
+// its digests are not queued, and some of its copies may be. Nothing is read any more.
 void headrace_load(struct load *load) {
   if (!load_of(&load->running)) return;  // no thread could be started
   headrace_wake(load);
   __atomic_store_n(&load->begun, 1, __ATOMIC_RELEASE);
   if (queue_all(load)) fail(load);
   for (unsigned spins = 0; load_of(&load->running);) wait_a_little(&spins);
+}
+
+// Ends the threads, which stay awake until what was queued is done: the caches of a core that falls
+// asleep are emptied first, and what the last copies read is in there.
+void headrace_release(struct load *load) {
+  __atomic_store_n(&load->released, 1, __ATOMIC_RELEASE);
+  for (unsigned spins = 0; load_of(&load->present);) wait_a_little(&spins);
 }

@@ -85,6 +85,8 @@ class Load(ctypes.Structure):
         ("begun", c_uint64),
         ("moved", c_uint64),
         ("failed", c_uint64),
+        ("released", c_uint64),
+        ("present", c_uint64),
     )
 
 
@@ -94,12 +96,12 @@ class Mover:
     def __init__(self, library: Path) -> None:
         functions = ctypes.CDLL(str(library))
         self._prepare, self._load = functions.headrace_prepare, functions.headrace_load
-        self._wake = functions.headrace_wake
-        for function in (self._prepare, self._wake, self._load):
+        self._wake, self._release = functions.headrace_wake, functions.headrace_release
+        for function in (self._prepare, self._wake, self._load, self._release):
             function.argtypes, function.restype = (POINTER(Load),), None
 
     def prepare(self, load: Load) -> None:
-        """Start the threads, which wait for `load` to be called."""
+        """Start the threads, which wait for `load` to be called, and then for `release`."""
         self._prepare(load)
 
     def wake(self, load: Load) -> None:
@@ -109,6 +111,10 @@ class Mover:
     def load(self, load: Load) -> None:
         """Move all runs."""
         self._load(load)
+
+    def release(self, load: Load) -> None:
+        """End the threads, once what `load` queued is done."""
+        self._release(load)
 
 
 @cache
