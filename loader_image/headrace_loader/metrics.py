@@ -124,7 +124,7 @@ def _ranks(ranks: list[RankState]) -> Iterator[Metric]:
     )
     rate = GaugeMetricFamily(
         "headrace_loader_read_bytes_per_second",
-        "Rate of the load, from its begin to its latest byte.",
+        "Rate of the load, from its begin to its last byte, or until now.",
         labels=way,
     )
     left = _per_rank("eta_seconds", "Seconds until the last byte of the rank, at its rate so far.")

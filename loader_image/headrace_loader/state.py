@@ -48,10 +48,12 @@ class RankState:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Rate of reading from its begin to the latest byte; None before the first."""
+        """Rate of reading since its begin, until the last byte; None before the first."""
         if self.progress is None or self.progress.last_byte is None:
             return None
-        return self.progress.read / max(1e-6, self.progress.last_byte - self.progress.began)
+        complete = self.read_bytes >= self.total_bytes
+        until = self.progress.last_byte if complete else time.time()
+        return self.read_bytes / max(1e-6, until - self.progress.began)
 
     @property
     def eta_seconds(self) -> float | None:

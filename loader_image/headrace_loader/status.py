@@ -1,5 +1,7 @@
 """The loader's state as the JSON of /v1/status."""
 
+import time
+
 from headrace_loader.state import Attachment, LoaderState, RankState
 
 _GIB = 1 << 30
@@ -88,13 +90,14 @@ def _attachment(item: Attachment) -> dict[str, object]:
 
 
 def _total_rate(ranks: list[RankState]) -> float | None:
-    """Rate over all ranks, from the first begin to the latest byte."""
+    """Rate over all ranks, from the first begin to the last byte, or until now."""
     parts = [rank.progress for rank in ranks if rank.progress is not None]
     last = [part.last_byte for part in parts if part.last_byte is not None]
     if not last:
         return None
-    seconds = max(last) - min(part.began for part in parts)
-    return sum(part.read for part in parts) / max(1e-6, seconds)
+    complete = all(rank.read_bytes >= rank.total_bytes for rank in ranks)
+    until = max(last) if complete else time.time()
+    return sum(p.read for p in parts) / max(1e-6, until - min(p.began for p in parts))
 
 
 def _tenths(seconds: float | None) -> float | None:

@@ -7,7 +7,9 @@ else of the weights: no mapping, no device context.
 
 import queue
 import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +56,7 @@ _LEASE_POLL_SECONDS = 0.5
 _FAREWELL_SECONDS = 0.3
 _END_SECONDS = 10.0
 _OPENING_SECONDS = 300.0
+_STALLED_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,14 @@ class Stop:
     signal: str
 
 
-News = WorkerNews | Stop
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """News: the checkpoint is read and held, or why it is not."""
+
+    result: Checkpoint | LoaderError
+
+
+News = WorkerNews | Prepared | Stop
 
 
 @dataclass(slots=True)
@@ -109,6 +119,7 @@ class Supervisor:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self._early: deque[News] = deque()
         self._held: list[int] = []
         self._kept = ExitStack()
         self._started: _Load | None = None
@@ -182,15 +193,16 @@ class Supervisor:
 
     def _next(self, seconds: float | None = None) -> News:
         """Wait for news; raises queue.Empty where there are none in time."""
-        news = self._news.get(timeout=seconds)
+        news = self._early.popleft() if self._early else self._news.get(timeout=seconds)
         if isinstance(news, Stop):
             log("stopping", signal=news.signal)
         return news
 
     def _live(self, lease: Lease) -> None:
         try:
-            checkpoint = self._read_checkpoint()
-            self._hold_checkpoint()
+            checkpoint = self._checkpoint()
+            if checkpoint is None:
+                return
             if self._started is None and not self._acquire(lease):
                 return
             loaded = self._load(self._started or self._start_workers(), checkpoint, lease)
@@ -199,16 +211,51 @@ class Supervisor:
         while loaded and not isinstance(self._next(), Stop):
             pass  # what workers still say after a load is of no interest
 
-    def _read_checkpoint(self) -> Checkpoint:
-        checkpoint = load_manifest(self._options.checkpoint)
-        check_ranks(checkpoint, self._options.tensor_parallel_size)
+    def _checkpoint(self) -> Checkpoint | None:
+        """Read and hold the checkpoint, in a thread: a hung volume holds it up, and not a signal.
+
+        Returns None when told to stop meanwhile.
+        """
+        threading.Thread(target=self._prepare, daemon=True).start()
+        until, early = time.monotonic() + _OPENING_SECONDS, list[News]()
+        while True:
+            try:
+                news = self._next(max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                raise StorageError(
+                    f"--checkpoint {self._options.checkpoint}: its manifest was not read after "
+                    f"{_OPENING_SECONDS:g} s; look at the file system's health"
+                ) from None
+            if isinstance(news, Stop):
+                return None
+            if isinstance(news, Prepared):
+                break
+            early.append(news)
+        self._early.extend(early)
+        if isinstance(news.result, LoaderError):
+            raise news.result
+        self._describe(news.result)
+        return news.result
+
+    def _prepare(self) -> None:
+        result: Checkpoint | LoaderError
+        try:
+            result = load_manifest(self._options.checkpoint)
+            check_ranks(result, self._options.tensor_parallel_size)
+            self._hold_checkpoint()
+        except LoaderError as error:
+            result = error
+        except Exception as error:  # noqa: BLE001 - the main thread waits for it
+            result = InternalError(f"{type(error).__name__}: {error}")
+        self._news.put(Prepared(result))
+
+    def _describe(self, checkpoint: Checkpoint) -> None:
         with self._state.changing():
             self._state.checkpoint = checkpoint
             self._state.ranks = _rank_states(checkpoint, self._options.ranks)
             self._state.mark("manifestRead")
         total = self._state.total_bytes
         log("manifest-read", totalBytes=total, ranks=len(self._state.ranks))
-        return checkpoint
 
     def _hold_checkpoint(self) -> None:
         """Let nobody delete the checkpoint while this loader lives: it may have to load again."""
@@ -262,7 +309,8 @@ class Supervisor:
             news = self._next_of(load)
             if isinstance(news, Stop):
                 return False
-            self._take(news, load, checkpoint, lease)
+            if not isinstance(news, Prepared):
+                self._take(news, load, checkpoint, lease)
         if self._engine_cache:
             self._engine_cache.wait(lambda: not self._news.empty())  # a wish to stop, no less
             self._engine_cache.watch()
@@ -273,12 +321,19 @@ class Supervisor:
         return True
 
     def _next_of(self, load: _Load) -> News:
-        """Wait for news of a load; raises BackendUnavailable where it does not get under way."""
+        """Wait for news of a load.
+
+        Raises:
+            BackendUnavailable: it does not get under way.
+            StorageError: it does not go on.
+        """
         opening = [rank.rank for rank in self._state.ranks if rank.path is None]
         left = load.opened_by - time.monotonic()
         try:
-            return self._next(max(0.0, left) if opening else None)
+            return self._next(max(0.0, left) if opening else _STALLED_SECONDS)
         except queue.Empty:
+            if not opening:
+                raise _stalled(self._state.ranks, load) from None
             ranks = ", ".join(map(str, opening))
             raise BackendUnavailable(
                 f"rank {ranks}: GPU, cuFile and the checkpoint's files were not open after "
@@ -308,6 +363,7 @@ class Supervisor:
 
     def _drain(self) -> None:
         """Close what workers handed in after the load was given up; keep a wish to stop."""
+        self._early.clear()  # it came before workers had anything to hand in
         kept: list[Stop] = []
         while not self._news.empty():
             news = self._news.get()
@@ -391,6 +447,18 @@ class Supervisor:
             self._state.reason = error.reason
             self._state.enter(Phase.FAILED, str(error))
         time.sleep(_FAREWELL_SECONDS)  # lets waiting engines receive the reason
+
+
+def _stalled(ranks: list[RankState], load: _Load) -> StorageError:
+    missing = ", ".join(
+        f"rank {rank.rank} ({rank.read_bytes} of {rank.total_bytes} bytes)"
+        for rank in ranks
+        if rank.rank in load.running
+    )
+    return StorageError(
+        f"{missing}: no byte arrived for {_STALLED_SECONDS:g} s; look at the file system's health, "
+        "and for Xid in the node's kernel log"
+    )
 
 
 def _died(ended: WorkerEnded, load: _Load) -> LoaderError:

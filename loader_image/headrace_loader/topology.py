@@ -121,7 +121,9 @@ def see_only(local_rank: int) -> None:
     Call it before the driver is initialized. Raises BackendUnavailable where there are too few.
     """
     visible = os.environ.get(_VISIBLE)
-    devices = visible.split(",") if visible else [str(n) for n in range(local_rank + 1)]
+    devices = [str(n) for n in range(local_rank + 1)]
+    if visible is not None:  # set and empty: none, as the driver understands it
+        devices = [name for name in visible.split(",") if name]
     if local_rank >= len(devices):
         raise BackendUnavailable(
             f"--backend cuda: rank {local_rank} needs GPU {local_rank}, {_VISIBLE} has "

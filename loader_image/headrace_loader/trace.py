@@ -49,7 +49,7 @@ def _ranks(status: dict[str, Any]) -> Iterator[Event]:
 
 
 def _engines(status: dict[str, Any]) -> Iterator[Event]:
-    first = 1 + len(status["ranks"])
+    first = 2 + max((rank["rank"] for rank in status["ranks"]), default=-1)
     for number, engine in enumerate(status["engines"]):
         row, name = first + number, f"engine process {engine['pid']}, rank {engine['rank']}"
         yield _row(row, name)

@@ -73,25 +73,29 @@ def _end() -> NoReturn:
 
 
 class ProgressReporter:
-    """Counts what the backend reports and passes it on, ten times a second at most."""
+    """Counts what the backend reports, and passes it on ten times a second where it changed.
+
+    A thread does, so that nothing is left untold when storage hangs.
+    """
 
     def __init__(self, link: SupervisorLink, backend: Backend) -> None:
         self._link = link
         self._backend = backend
-        self._lock = threading.Lock()
+        self._lock, self._sending = threading.Lock(), threading.Lock()
         self._read = 0
         self._verified = 0
         self._began = time.time()
         self._first_byte: float | None = None
         self._last_byte: float | None = None
         self.verified_at = self._began
-        self._next_report = 0.0
+        self._ended = threading.Event()
 
     def path(self, report: PathReport) -> None:
         """Pass the path on; reading begins then."""
         backend = self._backend
         self._link.send(PathChosen(backend.device, report, backend.locality))
         self._began = time.time()
+        threading.Thread(target=self._send_often, daemon=True).start()
 
     def read(self, nbytes: int) -> None:
         """Count bytes read."""
@@ -100,11 +104,6 @@ class ProgressReporter:
             if self._first_byte is None:
                 self._first_byte = self._last_byte
             self._read += nbytes
-            due = self._last_byte >= self._next_report
-            if due:
-                self._next_report = self._last_byte + _REPORT_SECONDS
-        if due:
-            self.send()
 
     def verified(self, nbytes: int) -> None:
         """Count bytes verified."""
@@ -112,13 +111,25 @@ class ProgressReporter:
             self.verified_at = time.time()
             self._verified += nbytes
 
-    def send(self) -> None:
-        """Pass on the counts as they are."""
-        with self._lock:
-            message = Progressed(
-                self._read, self._verified, self._began, self._first_byte, self._last_byte
-            )
-        self._link.send(message)
+    def end(self) -> None:
+        """Pass on the last counts."""
+        self._ended.set()
+        self._send()
+
+    def _send_often(self) -> None:
+        told = 0
+        while not self._ended.wait(_REPORT_SECONDS):
+            if self._read != told:
+                told = self._read
+                self._send()
+
+    def _send(self) -> None:
+        with self._sending:  # of two threads, the one that sends last knows of as much
+            with self._lock:
+                message = Progressed(
+                    self._read, self._verified, self._began, self._first_byte, self._last_byte
+                )
+            self._link.send(message)
 
 
 def run(socket_descriptor: int, backend: str, options: BackendOptions) -> int:
@@ -129,7 +140,7 @@ def run(socket_descriptor: int, backend: str, options: BackendOptions) -> int:
     except LoaderError as error:
         return _report(link, error)
     except Exception as error:  # noqa: BLE001 - a defect still has to be reported
-        text = f"rank {options.local_rank}: {type(error).__name__}: {error}"
+        text = f"worker {options.local_rank} of this loader: {type(error).__name__}: {error}"
         return _report(link, InternalError(text))
     return 0
 
@@ -152,6 +163,6 @@ def _load(name: str, options: BackendOptions, link: SupervisorLink) -> None:
     except ChunkMismatch as error:
         link.send(Mismatched(sources.index(error.source), error.chunk, error.found))
         return
-    progress.send()
+    progress.end()
     filled = Filled(tuple(region.nbytes for region in regions), progress.verified_at)
     link.send(filled, [region.export() for region in regions])

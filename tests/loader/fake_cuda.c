@@ -87,7 +87,11 @@ static int queue(struct stream *stream, struct work work) {
   return 0;
 }
 
-int cuInit(unsigned flags) { CALL(); return flags ? INVALID : 0; }
+int cuInit(unsigned flags) {
+  CALL();
+  const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+  return flags || !visible || !*visible || strchr(visible, ',') ? INVALID : 0;  // a process sees one GPU
+}
 int cuGetErrorName(int code, const char **name) {
   *name = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_UNKNOWN";
   return 0;
@@ -121,6 +125,7 @@ int cuMemCreate(u64 *handle, size_t size, const int *properties, u64 flags) {
   CALL();
   // Pinned, exported as a file descriptor, on a device.
   if (size % PAGE || properties[0] != 1 || properties[1] != 1 || properties[2] != 1 || flags) return INVALID;
+  if (((const unsigned char *)properties)[25] != 1) return INVALID;  // gpuDirectRDMACapable, as attribute 110 says
   int file = memfd_create("fake-cuda", MFD_CLOEXEC);
   if (file < 0 || ftruncate(file, (off_t)size)) return 2;
   *handle = (u64)file;

@@ -176,3 +176,77 @@ def test_pinned_memory_is_bounded(fake_cuda: str) -> None:
     environment = os.environ | {"LD_LIBRARY_PATH": fake_cuda}
     out = subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=60)
     assert list(map(int, out.split())) == [8 << 20, 96 << 20, 1 << 30, 1 << 30]
+
+
+def test_fake_cuda_without_gpudirect_is_refused_where_it_is_required(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path, fake_cuda: str
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint", algorithm="multilinear64")
+    options = ("--backend=cuda", "--path=Require")
+    loader = start_loader(tmp_path / "checkpoint", *options, LD_LIBRARY_PATH=fake_cuda)
+    assert loader.wait() == 69
+    termination = loader.termination()
+    assert termination["reason"] == "DirectPathUnavailable"
+    assert termination["message"].startswith("--path Require: /proc/")
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("Off", "PolicyOff"), ("Prefer", None)])
+def test_fake_cuda_tells_why_there_is_no_gpudirect(
+    support: Any,
+    start_loader: Callable[..., Any],
+    tmp_path: Path,
+    fake_cuda: str,
+    policy: str,
+    reason: str | None,
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint", algorithm="multilinear64")
+    options = ("--backend=cuda", f"--path={policy}")
+    loader = start_loader(tmp_path / "checkpoint", *options, LD_LIBRARY_PATH=fake_cuda)
+    direct = loader.until_phase("Ready")["directPath"]
+    assert (direct["policy"], direct["active"]) == (policy, False)
+    assert direct["reason"] == reason or (reason is None and direct["reason"] != "PolicyOff")
+
+
+def test_compiled_code_of_other_sources_is_not_used(
+    compile_c: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    source = native.LIBRARY.with_suffix(".c").read_text()
+    other = source.replace("struct slot {", "struct slot {\n  uint64_t more;", 1)
+    assert other != source
+    for name, text in (("other", other), ("older", source.replace("headrace_sizes", "sizes"))):
+        (tmp_path / f"{name}.c").write_text(text)
+        compile_c(tmp_path / f"{name}.c", tmp_path / f"{name}.so")
+        with pytest.raises(OSError, match="was compiled of other sources"):
+            native.Mover(tmp_path / f"{name}.so")
+        assert native.mover(tmp_path / f"{name}.so") is None
+
+
+def test_a_worker_on_fake_cuda_runs_near_its_gpu(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path, fake_cuda: str
+) -> None:
+    manifest = support.make_checkpoint(tmp_path / "checkpoint", algorithm="multilinear64")
+    held = support.hold(tmp_path / "checkpoint" / manifest.parts[0].file)
+    near = min(os.sched_getaffinity(0))
+    device = tmp_path / "sysfs" / "bus/pci/devices/0000:ff:1f.7"
+    device.mkdir(parents=True)
+    (device / "local_cpulist").write_text(f"{near}\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib\n"
+        "from headrace_loader import topology\n"
+        "real = topology.locality\n"
+        f"topology.locality = lambda name: real(name, pathlib.Path({str(tmp_path / 'sysfs')!r}))\n"
+    )
+    environment = {"LD_LIBRARY_PATH": fake_cuda, "PYTHONPATH": str(tmp_path)}
+    loader = start_loader(tmp_path / "checkpoint", "--backend=cuda", **environment)
+    loader.until_phase("Loading")
+    children = Path(f"/proc/{loader.process.pid}/task/{loader.process.pid}/children")
+
+    def runs_near(_status: Any) -> bool:
+        (worker,) = children.read_text().split()
+        status = Path(f"/proc/{worker}/status").read_text()
+        return f"\nCpus_allowed_list:\t{near}\n" in status
+
+    loader.until(runs_near)
+    os.close(held)
+    (rank,) = loader.until_phase("Ready")["ranks"]
+    assert rank["gpu"]["cpus"] == str(near)

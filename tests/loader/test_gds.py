@@ -142,12 +142,18 @@ def test_runtime_errors_of_kvikio_get_the_loaders_names(kvikio: FakeKvikio) -> N
 def test_a_worker_sees_its_own_gpu_alone(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, rank: int, left: str
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     see_only(rank)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == left
 
 
-def test_a_rank_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(BackendUnavailable, match="rank 2 needs GPU 2, CUDA_VISIBLE_DEVICES has 2"):
+@pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("", 0)])
+def test_a_rank_without_a_gpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, visible: str, count: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    wrong = f"rank 2 needs GPU 2, CUDA_VISIBLE_DEVICES has {count}"
+    with pytest.raises(BackendUnavailable, match=wrong):
         see_only(2)

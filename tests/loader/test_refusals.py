@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,91 @@ def test_usage(tmp_path: Path) -> None:
         )
         assert out.returncode == 64, out
         assert "Traceback" not in out.stderr
+
+
+@pytest.fixture
+def hung(support: Any, tmp_path: Path) -> tuple[Path, dict[str, str], Path]:
+    """A checkpoint of two parts, a shim by which the second's reads hang, and what ends that."""
+    two = ((("a", "U8", (300_000,)),), (("b", "U8", (200_000,)),))
+    support.make_checkpoint(tmp_path / "checkpoint", parts=two, chunk_bytes=65536)
+    shim, go = tmp_path / "shim", tmp_path / "go"
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "from headrace_loader import supervisor\n"
+        "supervisor._STALLED_SECONDS = float(os.environ.get('STALLED', '60'))\n"
+        "real = os.preadv\n"
+        "def hang(descriptor, buffers, *rest):\n"
+        "    second = 'part-1' in os.readlink(f'/proc/self/fd/{descriptor}')\n"
+        "    second = second and isinstance(buffers[0], memoryview)\n"  # no probe
+        f"    while second and not os.path.exists({str(go)!r}):\n"
+        "        time.sleep(0.01)\n"
+        "    return real(descriptor, buffers, *rest)\n"
+        "os.preadv = hang\n"
+    )
+    return tmp_path / "checkpoint", {"PYTHONPATH": str(shim)}, go
+
+
+def test_with_a_mocked_hang_of_storage_the_rate_falls_and_engines_see_what_there_is(
+    hung: tuple[Path, dict[str, str], Path], start_loader: Callable[..., Any]
+) -> None:
+    checkpoint, shim, go = hung
+    loader = start_loader(checkpoint, "--read-threads=1", **shim)
+    first = loader.until(lambda status: status["readBytes"] == 65536)
+    seen: list[int] = []
+
+    def release(loading: Any) -> None:
+        seen.append(loading.loaded_bytes)
+        go.touch()
+
+    later = loader.status()
+    for status in (first, later):
+        (rank,) = status["ranks"]
+        assert (status["readBytes"], status["totalBytes"]) == (65536, 500_000)
+        elapsed = 65536 / rank["bytesPerSecond"]
+        assert rank["etaSeconds"] == pytest.approx(elapsed * (500_000 / 65536 - 1), abs=0.06)
+        assert 0 < elapsed < time.time() - rank["times"]["readBegan"]
+    assert later["bytesPerSecond"] < first["bytesPerSecond"]
+    with attach(loader.socket, rank=0, device="host", timeout=60, on_progress=release):
+        pass
+    assert seen[0] == 65536
+    assert loader.until_phase("Ready")["etaSeconds"] == 0
+
+
+def test_with_a_mocked_hang_of_storage_a_load_ends_with_a_reason(
+    hung: tuple[Path, dict[str, str], Path], start_loader: Callable[..., Any]
+) -> None:
+    checkpoint, shim, _ = hung
+    reason, message = failed(start_loader(checkpoint, "--read-threads=1", **shim, STALLED="3"), 75)
+    assert reason == "StorageError"
+    assert message.startswith("rank 0 (65536 of 500000 bytes): no byte arrived for 3 s")
+
+
+def test_a_manifest_that_does_not_open_in_time(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    held = support.hold(tmp_path / "checkpoint" / "manifest.json")
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "sitecustomize.py").write_text(
+        "from headrace_loader import supervisor\nsupervisor._OPENING_SECONDS = 2.0\n"
+    )
+    loader = start_loader(tmp_path / "checkpoint", PYTHONPATH=str(shim))
+    reason, message = failed(loader, 75)
+    os.close(held)
+    assert reason == "StorageError"
+    assert message.startswith(f"--checkpoint {tmp_path}/checkpoint: its manifest was not read")
+
+
+def test_sigterm_ends_a_loader_whose_manifest_hangs(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    held = support.hold(tmp_path / "checkpoint" / "manifest.json")
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until_phase("Starting")
+    begin = time.monotonic()
+    assert loader.terminate() == 0
+    assert time.monotonic() - begin < 10
+    os.close(held)

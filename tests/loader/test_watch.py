@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from headrace_loader import watch
+from headrace_loader.trace import chrome_trace
 
 HEADRACE = [sys.executable, "-m", "headrace_loader.command"]
 
@@ -181,6 +182,11 @@ def test_the_trace_has_every_phase_in_order(
     ]
     assert {name for row, name in spans if row == 1} == {"start worker", "read", "verify"}
     assert all(event["dur"] >= 0 for event in spans.values())
+    for rank in status["ranks"]:  # those of the next node, and an engine
+        rank["rank"] += 2
+    status["engines"] = [{"pid": 1, "rank": 2, "attached": 1.0, "detached": None}]
+    rows = [e["tid"] for e in chrome_trace(status)["traceEvents"] if e["ph"] == "M"]
+    assert sorted(rows) == [0, 3, 4, 5]
     end = spans[0, "load"]["ts"] + spans[0, "load"]["dur"]
     assert end == pytest.approx(status["timeline"]["resident"] * 1e6)
     assert spans[1, "read"]["args"]["totalBytes"] == status["ranks"][0]["totalBytes"]

@@ -331,8 +331,10 @@ def test_direct_path_as_the_loaders_tell_it(
     told = {pod["metadata"]["uid"]: path for pod, path in zip(pods, paths, strict=False)}
     observed = build.world(gpu, deployment=build.deployment(gpu, 0), pods=pods, loaded_paths=told)
     expect(build.conditions(gpu, observed)["DirectPath"], status, reason, fragment)
-    again = build.plan(gpu, observed).requeue_seconds
-    assert (again is not None) == (reason == "LoaderUnreachable")
+    result = build.plan(gpu, observed)
+    assert (result.requeue_seconds is not None) == (reason == "LoaderUnreachable")
+    events = [(t.reason, t.warning) for t in result.transitions if t.condition == "DirectPath"]
+    assert events == ([] if status == "Unknown" else [(reason, status == "False")])
 
 
 def test_a_spec_that_cannot_be_read_is_a_condition(build: SimpleNamespace) -> None:

@@ -53,6 +53,8 @@ struct load {
   uint64_t running, started, woken, ready, begun, moved, failed, released, present;
 };
 
+const uint64_t headrace_sizes[] = {sizeof(struct load), sizeof(struct run), sizeof(struct slot)};  // for native.py
+
 struct piece {
   struct slot *slot;
   uint64_t begin, size;  // within the slot

@@ -91,10 +91,15 @@ class Load(ctypes.Structure):
 
 
 class Mover:
-    """The library's functions. They run without the interpreter's lock."""
+    """The library's functions. They run without the interpreter's lock.
+
+    Raises:
+        OSError: there is no such library, or it was compiled of other sources.
+    """
 
     def __init__(self, library: Path) -> None:
         functions = ctypes.CDLL(str(library))
+        _check_sizes(functions, library)
         self._prepare, self._load = functions.headrace_prepare, functions.headrace_load
         self._wake, self._release = functions.headrace_wake, functions.headrace_release
         for function in (self._prepare, self._wake, self._load, self._release):
@@ -115,6 +120,17 @@ class Mover:
     def release(self, load: Load) -> None:
         """End the threads, once what `load` queued is done."""
         self._release(load)
+
+
+def _check_sizes(functions: ctypes.CDLL, library: Path) -> None:
+    """Raise OSError where it was compiled of other sources, and would read other fields."""
+    mirrored = [ctypes.sizeof(structure) for structure in (Load, Run, Slot)]
+    try:
+        sizes = list((c_uint64 * len(mirrored)).in_dll(functions, "headrace_sizes"))
+    except ValueError:
+        sizes = []
+    if sizes != mirrored:
+        raise OSError(f"{library} was compiled of other sources; install the package again")
 
 
 @cache
