@@ -117,16 +117,18 @@ def fill(
     `copies` are those of `tensors` that are private already.
     """
     made = [*copies, *assign(model, tensors, {copy.name for copy in copies})]
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    copied = {copy.name for copy in made}
+    views = {name: tensor for name, tensor in tensors.items() if name not in copied}
+    del tensors  # post-processing may free copies, one layer after the other
     refuse_meta_tensors(model)
     before = private_bytes(device)
     with _post_processing(engine, device):
         process()
     refuse_meta_tensors(model)
     grown = private_bytes(device) - before
-    copied = {copy.name for copy in made}
-    views = {name: tensor for name, tensor in tensors.items() if name not in copied}
     made += replaced_by_processing(model, views)
-    log_copies(logger, made, sum(tensor.nbytes for tensor in tensors.values()))
+    log_copies(logger, made, total)
     logger.info("headrace: post-processing added %d bytes of private memory", max(0, grown))
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

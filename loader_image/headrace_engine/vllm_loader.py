@@ -1,7 +1,7 @@
 """The load format "headrace" of vLLM: parameters are views of memory the loader holds."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from headrace_engine.copies import private
 from headrace_engine.errors import Unsupported
 from headrace_engine.meta import WeightsOnMeta
 from headrace_engine.plugins import (
@@ -23,7 +24,7 @@ from headrace_engine.plugins import (
     fill,
     refuse_reloading,
 )
-from headrace_engine.weights import Weights
+from headrace_engine.weights import PrivateCopy, Weights
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -67,8 +68,7 @@ class HeadraceModelLoader(BaseModelLoader):
                 )
             fill(
                 model,
-                weights,
-                weights.copies,
+                *_with_copies(model, model_config, weights),
                 lambda: process_weights_after_loading(model, model_config, device),
                 device=device,
                 engine="vLLM",
@@ -93,14 +93,38 @@ def _check_features(vllm_config: "VllmConfig", model_config: "ModelConfig") -> N
         "a speculative draft model (set its own load format)": (
             model_config is not vllm_config.model_config
         ),
-        f"quantization {model_config.quantization} (but FP8 per channel of compressed-tensors)": (
-            model_config.quantization is not None and not _is_fp8_per_channel(model_config)
+        f"quantization {model_config.quantization} of a model that is not quantized "
+        "(spec.model.quantization shards one as FP8)": (
+            model_config.quantization is not None
+            and getattr(model_config.hf_config, "quantization_config", None) is None
         ),
         "sleep mode": bool(model_config.enable_sleep_mode),
     }
     refused = [feature for feature, wanted in refusals.items() if wanted]
     if refused:
         raise Unsupported(f"--load-format headrace does not support {', '.join(refused)}")
+
+
+def _with_copies(
+    model: nn.Module, model_config: "ModelConfig", weights: Weights
+) -> tuple[Mapping[str, torch.Tensor], list[PrivateCopy]]:
+    """Return the weights, private where a quantization may write to them, and the copies.
+
+    vLLM replaces most of these by repacked ones anyway, which are private, too.
+    """
+    if model_config.quantization is None or _is_fp8_per_channel(model_config):
+        return weights, weights.copies
+    reasons: dict[str, str] = {}
+    for path, module in model.named_modules():
+        method = type(getattr(module, "quant_method", None)).__name__
+        if method == "NoneType" or method.startswith("Unquantized"):
+            continue
+        for name, _ in module.named_parameters(prefix=path, recurse=False):
+            reasons[name] = f"{method} may write to weights while it processes them"
+    for copy in weights.copies:
+        reasons.pop(copy.name, None)
+    tensors, copies = private(weights, reasons)
+    return tensors, [*weights.copies, *copies]
 
 
 def _is_fp8_per_channel(model_config: "ModelConfig") -> bool:

@@ -55,7 +55,7 @@ def build(job: dict) -> dict:
         with LargestAllocation() as largest:
             model = loader.load_model(config, config.model_config)
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    linear = model.model.layers[0].self_attn.o_proj.weight
+    linear = next(model.model.layers[0].self_attn.o_proj.parameters())
     rotary = model.model.layers[0].self_attn.rotary_emb
     cache = rotary._compute_cos_sin_cache().to(rotary.cos_sin_cache.dtype)
     return {

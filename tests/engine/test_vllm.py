@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from ..checkpoint.quantized_models import quantize  # noqa: TID252 - tests are in no package
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 HERE = Path(__file__).parent
 RANKS = 2
+QUANTIZED = ("awq", "ct-int4-group", "ct-int4-zero")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start; ranks keep their own
@@ -99,8 +103,46 @@ def test_the_same_tokens_as_plain_vllm(
 
 
 @pytest.fixture(scope="session")
+def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Quantize the model; returns its directory, with a tokenizer."""
+
+    def make(form: str) -> Path:
+        directory = tmp_path_factory.mktemp("quantized") / form
+        quantize(model, directory, form)
+        for file in model.iterdir():
+            if not (directory / file.name).exists():
+                shutil.copy(file, directory)
+        return directory
+
+    return make
+
+
+def test_a_quantization_that_repacks_serves_the_same_tokens_from_private_copies(
+    quantized: Callable[[str], Path],
+    make_checkpoint: Callable[..., Path],
+    start_loader: Callable[..., Any],
+) -> None:
+    # Not in bfloat16, for which vLLM's kernel uses AMX wherever the CPU tells of it, even if the
+    # kernel of the machine does not let processes have it.
+    model = quantized("awq")
+    checkpoint = make_checkpoint(model, "float16")
+    loader = start_loader(checkpoint)
+    loader.until_phase("Ready")
+    plain = marked(run("serve.py", str(model), "auto", "1", "float16"), "TOKENS")
+    assert len(set(plain)) > 4
+    arguments = (str(checkpoint), "headrace", "1", "float16")
+    output = run("serve.py", *arguments, HEADRACE_SOCKET=str(loader.socket))
+    assert marked(output, "TOKENS") == plain
+    pattern = r"private copies: tensors=24 bytes=(\d+) reason=(\w+) may write to weights"
+    (copied,) = re.findall(pattern, output)
+    assert copied[1].startswith("AutoAWQ")
+    assert int(copied[0]) > loader.status()["totalBytes"] // 2
+
+
+@pytest.fixture(scope="session")
 def found(
     model: Path,
+    quantized: Callable[[str], Path],
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
     start_loader: Callable[..., Any],
@@ -112,6 +154,7 @@ def found(
     float32 = make_checkpoint(make_model(dtype="float32"), "float32")
     fp8 = make_checkpoint(model, quantization="fp8")
     paths = {"plain": plain, "tied": tied, "large": large, "float32": float32, "fp8": fp8}
+    paths |= {form: make_checkpoint(quantized(form)) for form in QUANTIZED}
     loaders = {name: start_loader(path, "--path", "Off") for name, path in paths.items()}
     jobs: dict[str, dict[str, Any]] = {
         name: {"model": str(path), "socket": str(loaders[name].socket)}
@@ -120,12 +163,13 @@ def found(
     jobs["float32"]["dtype"] = "float32"  # linear weights are repacked on many more CPUs
     jobs["dtype"] = jobs["plain"] | {"dtype": "float16"}
     jobs["other"] = jobs["plain"] | {"socket": jobs["tied"]["socket"]}
+    jobs["online"] = jobs["plain"] | {"quantization": "fp8"}
     jobs["sleep"] = jobs["plain"] | {"changes": {"enable_sleep_mode": True}}
     output = run("build.py", json.dumps(list(jobs.values())))
     return dict(zip(jobs, marked(output, "FOUND"), strict=True))
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "large", "float32", "fp8"])
+@pytest.mark.parametrize("name", ["plain", "tied", "large", "float32", "fp8", *QUANTIZED])
 def test_the_model_is_made_of_shared_memory(found: dict[str, Any], name: str) -> None:
     assert "error" not in found[name], found[name]["error"]
     assert found[name]["embedding_shared"]
@@ -139,6 +183,17 @@ def test_the_model_is_made_of_shared_memory(found: dict[str, Any], name: str) ->
 
 def test_fp8_weights_stay_where_they_are(found: dict[str, Any]) -> None:
     assert found["fp8"]["linear"] == ["torch.float8_e4m3fn", True]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_weights_that_a_quantization_may_write_to_are_private(
+    found: dict[str, Any], name: str
+) -> None:
+    assert found[name]["linear"][1] is False
+
+
+def test_quantizing_while_loading_is_refused(found: dict[str, Any]) -> None:
+    assert "quantization fp8 of a model that is not quantized" in found["online"]["error"]
 
 
 def test_no_weight_is_allocated(found: dict[str, Any]) -> None:
