@@ -1,6 +1,6 @@
 """Writes a valid checkpoint of random weights, as fast as the storage takes it.
 
-What the sharder would write for rank 0 of a model with these tensors: same headers, same
+What the sharder would write for a rank of a model with these tensors: same headers, same
 alignment, same digests, same manifest. Only the content of the weights has no meaning.
 """
 
@@ -54,19 +54,20 @@ def _tensor(name: str, nbytes: int) -> TensorEntry:
     return TensorEntry(name, "BF16", (nbytes // _BF16_BYTES,), 0, nbytes)
 
 
-def write_checkpoint(directory: Path, tensors: Sequence[TensorEntry]) -> Manifest:
-    """Write part files and manifest.json into a new directory."""
+def write_checkpoint(directory: Path, tensors: Sequence[TensorEntry], ranks: int = 1) -> Manifest:
+    """Write part files and manifest.json into a new directory; each rank has all `tensors`."""
     directory.mkdir(parents=True)
     with ThreadPoolExecutor(os.cpu_count()) as executor:
         parts = [
-            _write_part(directory, number, group, executor)
+            _write_part(directory, rank, number, group, executor)
+            for rank in range(ranks)
             for number, group in enumerate(_groups(tensors))
         ]
     manifest = Manifest(
         layout="vllm",
         identity={},
         architecture="BenchForCausalLM",
-        parallelism=Parallelism(1),
+        parallelism=Parallelism(ranks),
         chunk_bytes=CHUNK_BYTES,
         parts=tuple(parts),
         files=(),
@@ -91,11 +92,15 @@ def _groups(tensors: Sequence[TensorEntry]) -> list[list[TensorEntry]]:
 
 
 def _write_part(
-    directory: Path, number: int, tensors: Sequence[TensorEntry], executor: ThreadPoolExecutor
+    directory: Path,
+    rank: int,
+    number: int,
+    tensors: Sequence[TensorEntry],
+    executor: ThreadPoolExecutor,
 ) -> Part:
     header = build_header(tensors, alignment=DATA_ALIGNMENT)
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    path = directory / f"model-rank-0-part-{number}.safetensors"
+    path = directory / f"model-rank-{rank}-part-{number}.safetensors"
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + nbytes)
@@ -109,4 +114,4 @@ def _write_part(
         digests = tuple(executor.map(write, range(0, nbytes, CHUNK_BYTES)))
         os.fsync(file.fileno())
     size = len(header)
-    return Part(0, number, path.name, size + nbytes, size, nbytes, digests, tuple(tensors))
+    return Part(rank, number, path.name, size + nbytes, size, nbytes, digests, tuple(tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 
 from headrace_loader.cuda.driver import (
@@ -57,3 +58,15 @@ class Link:
             self._stream.copy_to_device(target, self._pinned.address, size)
         self._stream.synchronize()
         return nbytes / GIB / (time.perf_counter() - begin)
+
+
+def serve_link() -> None:
+    """Copy as many bytes as each line of standard input says; answer with GiB/s."""
+    link = Link(Device())
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(link.rate(int(line)), flush=True)
+
+
+if __name__ == "__main__":
+    serve_link()

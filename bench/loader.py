@@ -118,6 +118,7 @@ def load_once(point: Point, prefix: str, directory: Path, plan: Plan) -> None:
         *(interpreter, "-m", "headrace_loader", "--checkpoint", str(directory)),
         *("--backend", target.name, "--runtime-dir", str(runtime), "--host", "127.0.0.1"),
         *("--port", str(port), "--read-threads", str(threads)),
+        *("--tensor-parallel-size", str(plan.ranks)),
     ]
     log = runtime / "log"
     with log.open("wb") as file:
@@ -136,15 +137,18 @@ def load_once(point: Point, prefix: str, directory: Path, plan: Plan) -> None:
     _, _, usage = os.wait4(process.pid, 0)
     process.returncode = 0
     shutil.rmtree(runtime)
-    rank, timeline = status["ranks"][0], status["timeline"]
-    transfer = rank["times"]["verified"] - rank["times"]["readBegan"]
-    point.path = rank["path"] if not prefix else point.path
+    ranks, timeline = [rank["times"] for rank in status["ranks"]], status["timeline"]
+    transfer = max(rank["verified"] for rank in ranks) - min(rank["readBegan"] for rank in ranks)
+    point.path = status["ranks"][0]["path"] if not prefix else point.path
     point.add(prefix + "headrace", status["totalBytes"] / GIB / transfer)
     resident = timeline["resident"] - timeline["processStarted"]
     point.add(prefix + "overhead_s", resident - transfer)
     point.add(prefix + "resident_s", resident)
     point.add(prefix + "ready_s", timeline["ready"] - timeline["processStarted"])
     point.add(prefix + "cpu_s", usage.ru_utime + usage.ru_stime)
+    if len(ranks) > 1:
+        slowest = max(rank["verified"] - rank["readBegan"] for rank in ranks)
+        point.add(prefix + "slowest_rank", status["ranks"][0]["totalBytes"] / GIB / slowest)
     if not prefix:
         point.add("attach_ms", attach_ms)
     if engine_ms:
@@ -206,18 +210,19 @@ class Plan:
     peer_gib: float
     cold_gib: float
     interpreter: str
+    ranks: int
 
 
 @contextlib.contextmanager
 def checkpoint(plan: Plan, gib: float, kind: str) -> Iterator[tuple[Path, Point, int]]:
     nbytes = int(gib * GIB) // 256 * 256
     free = shutil.disk_usage(plan.directory).free
-    if free < nbytes + MARGIN:
+    if free < nbytes * plan.ranks + MARGIN:
         raise SystemExit(f"{plan.directory}: {gib:g} GiB and a margin do not fit {free} bytes free")
     tensors = moe_tensors(nbytes) if kind == "moe" else large_tensors(nbytes)
     directory = plan.directory / f"{kind}-{gib:g}"
     say(f"writing {gib:g} GiB in {len(tensors)} tensors")
-    write_checkpoint(directory, tensors)
+    write_checkpoint(directory, tensors, plan.ranks)
     try:
         yield directory, Point(kind, gib, len(tensors)), nbytes
     finally:
@@ -307,6 +312,7 @@ def headline(points: list[Point], plan: Plan) -> dict[str, object]:
         "cpu_s": round(last["cpu_s"].median, 3),
         "pinned_bytes": plan.target.pinned_bytes(),
         "read_threads": plan.threads,
+        "ranks": plan.ranks,
     }
 
 
@@ -322,6 +328,7 @@ def parse() -> argparse.Namespace:
     add("--moe-gib", type=sizes, default=[], help="sizes with 46080 tensors instead of few")
     add("--repeats", type=int, default=3, help="rounds per size")
     add("--read-threads", type=int, default=16)
+    add("--ranks", type=int, default=1, help="GPUs to load at once, each with --gib; no peers")
     add("--peer-gib", type=float, default=16, help="largest size that peers load; 0: no peers")
     add("--peers", nargs="*", choices=PEERS, default=[*PEERS], help="which; default all")
     add("--cold-gib", type=float, default=4, help="largest size to load from storage; 0: none")
@@ -334,12 +341,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    target = open_target(options.backend, options.read_threads)
+    target = open_target(options.backend, options.read_threads, options.ranks)
     gib = options.gib or ([1, 16] if target.name == "cuda" else [0.25])
     options.directory.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(dir=options.directory.resolve()))
     peers: list[Peer] = []
-    for name in options.peers if options.peer_gib > 0 else ():
+    for name in options.peers if options.peer_gib > 0 and options.ranks == 1 else ():
         peers.append(Peer(name, target.peer_device, options.read_threads))
         say(f"peer {name}: {peers[-1].missing or peers[-1].version}")
     plan = Plan(
@@ -351,6 +358,7 @@ def main() -> None:
         options.peer_gib,
         options.cold_gib,
         options.python,
+        options.ranks,
     )
     todo = [(size, "large") for size in gib] + [(size, "moe") for size in options.moe_gib]
     points: list[Point] = []

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace_handover import attach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+HERE = Path(__file__).parent
 GIB = 1 << 30
 PIECE = 4 << 20
 
@@ -43,12 +44,12 @@ class HostTarget:
 
 
 class CudaTarget:
-    """One GPU."""
+    """One GPU, or one for each of several ranks, of which the first is attached to."""
 
     name = "cuda"
     peer_device = "cuda:0"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, ranks: int) -> None:
         import gpu
         from headrace_loader.cuda.driver import Device
 
@@ -56,7 +57,8 @@ class CudaTarget:
         self._gpu = gpu
         self._device = Device()
         self.device = self._device.uuid
-        self._link = gpu.Link(self._device)
+        self._link = gpu.Link(self._device) if ranks == 1 else Links(ranks)
+        self._ranks = ranks
 
     def attach_ms(self, path: Path) -> float:
         """Connect, receive the descriptors and map all regions read-only."""
@@ -81,14 +83,43 @@ class CudaTarget:
     def pinned_bytes(self) -> int:
         from headrace_loader.cuda.lanes import pinned_bytes
 
-        return pinned_bytes(self._threads)
+        return pinned_bytes(self._threads) * self._ranks
 
 
-def open_target(name: str | None, threads: int) -> HostTarget | CudaTarget:
+class Links:
+    """The links of several GPUs, all copied over at once, by a process each as ranks are."""
+
+    def __init__(self, count: int) -> None:
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / "gpu.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(number)},
+            )
+            for number in range(count)
+        ]
+        for number, process in enumerate(self._processes):
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise SystemExit(f"--ranks {count}: GPU {number} cannot be used")
+
+    def rate(self, nbytes: int) -> float:
+        """Copy `nbytes` in all, and return GiB/s over all: as slow as the slowest."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{nbytes // len(self._processes)}\n")
+            process.stdin.flush()
+        return min(float(p.stdout.readline()) for p in self._processes if p.stdout) * len(
+            self._processes
+        )
+
+
+def open_target(name: str | None, threads: int, ranks: int = 1) -> HostTarget | CudaTarget:
     if name == "host":
         return HostTarget(threads)
     try:
-        return CudaTarget(threads)
+        return CudaTarget(threads, ranks)
     except Exception as error:  # noqa: BLE001 - whatever keeps this GPU from working
         if name == "cuda":
             raise SystemExit(f"--backend cuda: {error}; use --backend host") from None

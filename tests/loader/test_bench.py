@@ -38,3 +38,19 @@ def test_host_run_ends_with_the_promised_line(tmp_path: Path) -> None:
     assert result["result"] == line
     assert [point["gib"] for point in result["points"]] == [0.005]
     assert not list((tmp_path / "bench").iterdir())
+
+
+def test_several_ranks_are_loaded_at_once(tmp_path: Path) -> None:
+    small = ["--backend", "host", "--gib", "0.005", "--repeats", "1", "--ranks", "3"]
+    files = ["--directory", tmp_path / "bench", "--output", tmp_path / "result.json"]
+    done = subprocess.run(
+        [sys.executable, BENCH, *small, "--cold-gib", "0", *files],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads((tmp_path / "result.json").read_text())["points"]
+    assert 0 < point["headrace"]["median"] <= 3.001 * point["slowest_rank"]["median"]
+    assert json.loads(done.stdout)["ranks"] == 3
