@@ -115,7 +115,7 @@ class Links:
         )
 
 
-def open_target(name: str | None, threads: int, ranks: int = 1) -> HostTarget | CudaTarget:
+def open_target(name: str | None, threads: int, ranks: int) -> HostTarget | CudaTarget:
     if name == "host":
         return HostTarget(threads)
     try:

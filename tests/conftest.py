@@ -5,6 +5,7 @@ workers the longest comes first, so that none is left for the end.
 """
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -98,6 +99,22 @@ def make_checkpoint(tmp_path_factory):
             )
         )
         return output
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_quantized(tmp_path_factory):
+    """Quantize a model, as `form` of quantized_models.CONFIGS says; returns its directory."""
+    from .checkpoint.quantized_models import quantize
+
+    def make(model, form):
+        directory = tmp_path_factory.mktemp("quantized") / form
+        quantize(model, directory, form)
+        for file in model.iterdir():  # its tokenizer
+            if not (directory / file.name).exists():
+                shutil.copy(file, directory)
+        return directory
 
     return make
 

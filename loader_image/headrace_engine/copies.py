@@ -34,15 +34,6 @@ def replaced_by_processing(
     ]
 
 
-def private(
-    weights: Mapping[str, torch.Tensor], reasons: Mapping[str, str]
-) -> tuple[dict[str, torch.Tensor], list[PrivateCopy]]:
-    """Return the weights, those that `reasons` names as copies, and what was copied."""
-    copied = {name: weights[name].clone() for name in reasons if name in weights}
-    copies = [PrivateCopy(name, copy.nbytes, reasons[name]) for name, copy in copied.items()]
-    return {**weights, **copied}, copies
-
-
 def _reason(module: nn.Module | None) -> str:
     method = getattr(module, "quant_method", None)
     owner = type(module if method is None else method).__name__

@@ -14,7 +14,6 @@ from vllm.model_executor.model_loader.utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from headrace_engine.copies import private
 from headrace_engine.errors import Unsupported
 from headrace_engine.meta import WeightsOnMeta
 from headrace_engine.plugins import (
@@ -114,17 +113,19 @@ def _with_copies(
     """
     if model_config.quantization is None or _is_fp8_per_channel(model_config):
         return weights, weights.copies
-    reasons: dict[str, str] = {}
+    views = weights.keys() - {copy.name for copy in weights.copies}
+    copied: dict[str, torch.Tensor] = {}
+    copies = list(weights.copies)
     for path, module in model.named_modules():
-        method = type(getattr(module, "quant_method", None)).__name__
-        if method == "NoneType" or method.startswith("Unquantized"):
+        method = getattr(module, "quant_method", None)
+        if method is None or type(method).__name__.startswith("Unquantized"):
             continue
+        reason = f"{type(method).__name__} may write to weights while it processes them"
         for name, _ in module.named_parameters(prefix=path, recurse=False):
-            reasons[name] = f"{method} may write to weights while it processes them"
-    for copy in weights.copies:
-        reasons.pop(copy.name, None)
-    tensors, copies = private(weights, reasons)
-    return tensors, [*weights.copies, *copies]
+            if name in views:
+                copied[name] = weights[name].clone()
+                copies.append(PrivateCopy(name, copied[name].nbytes, reason))
+    return {**weights, **copied}, copies
 
 
 def _is_fp8_per_channel(model_config: "ModelConfig") -> bool:

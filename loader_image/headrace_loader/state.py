@@ -4,7 +4,7 @@ import enum
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -49,17 +49,27 @@ class RankState:
     @property
     def bytes_per_second(self) -> float | None:
         """Rate of reading since its begin, until the last byte; None before the first."""
-        if self.progress is None or self.progress.last_byte is None:
-            return None
-        complete = self.read_bytes >= self.total_bytes
-        until = self.progress.last_byte if complete else time.time()
-        return self.read_bytes / max(1e-6, until - self.progress.began)
+        return _rate([self])
 
     @property
     def eta_seconds(self) -> float | None:
         """Seconds until the last byte at that rate; None before the first byte."""
         rate = self.bytes_per_second
         return (self.total_bytes - self.read_bytes) / rate if rate else None
+
+
+def _rate(ranks: Collection[RankState]) -> float | None:
+    """Bytes per second of ranks together, from the first begin to the last byte, or until now.
+
+    None before the first byte.
+    """
+    parts = [rank.progress for rank in ranks if rank.progress is not None]
+    last = [part.last_byte for part in parts if part.last_byte is not None]
+    if not last:
+        return None
+    complete = all(rank.read_bytes >= rank.total_bytes for rank in ranks)
+    until = max(last) if complete else time.time()
+    return sum(p.read for p in parts) / max(1e-6, until - min(p.began for p in parts))
 
 
 @dataclass(slots=True)
@@ -173,6 +183,11 @@ class LoaderState:
         if any(rank.bytes_per_second is None for rank in self.ranks):
             return None
         return min(self.ranks, key=lambda rank: rank.bytes_per_second or 0.0, default=None)
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Rate of all ranks together, until the last byte; None before the first."""
+        return _rate(self.ranks)
 
     @property
     def eta_seconds(self) -> float | None:

@@ -1,7 +1,5 @@
 """The loader's state as the JSON of /v1/status."""
 
-import time
-
 from headrace_loader.state import Attachment, LoaderState, RankState
 
 _GIB = 1 << 30
@@ -10,7 +8,7 @@ _GIB = 1 << 30
 def status(state: LoaderState) -> dict[str, object]:
     """Return the status document. Sizes in bytes, times as Unix times in seconds."""
     with state.reading():
-        rate, slowest = _total_rate(state.ranks), state.slowest
+        rate, slowest = state.bytes_per_second, state.slowest
         return {
             "phase": state.phase,
             "reason": state.reason,
@@ -87,17 +85,6 @@ def _rank(rank: RankState) -> dict[str, object]:
 def _attachment(item: Attachment) -> dict[str, object]:
     peer = item.peer
     return {"rank": peer.rank, "pid": peer.pid, "attached": item.began, "detached": item.ended}
-
-
-def _total_rate(ranks: list[RankState]) -> float | None:
-    """Rate over all ranks, from the first begin to the last byte, or until now."""
-    parts = [rank.progress for rank in ranks if rank.progress is not None]
-    last = [part.last_byte for part in parts if part.last_byte is not None]
-    if not last:
-        return None
-    complete = all(rank.read_bytes >= rank.total_bytes for rank in ranks)
-    until = max(last) if complete else time.time()
-    return sum(p.read for p in parts) / max(1e-6, until - min(p.began for p in parts))
 
 
 def _tenths(seconds: float | None) -> float | None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from ..checkpoint.quantized_models import quantize  # noqa: TID252 - tests are in no package
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
@@ -102,33 +99,19 @@ def test_the_same_tokens_as_plain_vllm(
     assert sorted(engine["rank"] for engine in engines) == list(range(RANKS))
 
 
-@pytest.fixture(scope="session")
-def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Quantize the model; returns its directory, with a tokenizer."""
-
-    def make(form: str) -> Path:
-        directory = tmp_path_factory.mktemp("quantized") / form
-        quantize(model, directory, form)
-        for file in model.iterdir():
-            if not (directory / file.name).exists():
-                shutil.copy(file, directory)
-        return directory
-
-    return make
-
-
 def test_a_quantization_that_repacks_serves_the_same_tokens_from_private_copies(
-    quantized: Callable[[str], Path],
+    model: Path,
+    make_quantized: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
     start_loader: Callable[..., Any],
 ) -> None:
     # Not in bfloat16, for which vLLM's kernel uses AMX wherever the CPU tells of it, even if the
     # kernel of the machine does not let processes have it.
-    model = quantized("awq")
-    checkpoint = make_checkpoint(model, "float16")
+    awq = make_quantized(model, "awq")
+    checkpoint = make_checkpoint(awq, "float16")
     loader = start_loader(checkpoint)
     loader.until_phase("Ready")
-    plain = marked(run("serve.py", str(model), "auto", "1", "float16"), "TOKENS")
+    plain = marked(run("serve.py", str(awq), "auto", "1", "float16"), "TOKENS")
     assert len(set(plain)) > 4
     arguments = (str(checkpoint), "headrace", "1", "float16")
     output = run("serve.py", *arguments, HEADRACE_SOCKET=str(loader.socket))
@@ -142,7 +125,7 @@ def test_a_quantization_that_repacks_serves_the_same_tokens_from_private_copies(
 @pytest.fixture(scope="session")
 def found(
     model: Path,
-    quantized: Callable[[str], Path],
+    make_quantized: Callable[..., Path],
     make_model: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
     start_loader: Callable[..., Any],
@@ -154,7 +137,7 @@ def found(
     float32 = make_checkpoint(make_model(dtype="float32"), "float32")
     fp8 = make_checkpoint(model, quantization="fp8")
     paths = {"plain": plain, "tied": tied, "large": large, "float32": float32, "fp8": fp8}
-    paths |= {form: make_checkpoint(quantized(form)) for form in QUANTIZED}
+    paths |= {form: make_checkpoint(make_quantized(model, form)) for form in QUANTIZED}
     loaders = {name: start_loader(path, "--path", "Off") for name, path in paths.items()}
     jobs: dict[str, dict[str, Any]] = {
         name: {"model": str(path), "socket": str(loaders[name].socket)}

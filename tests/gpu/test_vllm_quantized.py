@@ -2,14 +2,11 @@
 
 import importlib.util
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from ..checkpoint.quantized_models import quantize  # noqa: TID252 - tests are in no package
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,19 +20,15 @@ UTILIZATION = 0.3
 @pytest.mark.parametrize("form", ["gptq", "awq", "fp8-tensor", "fp8-block", "ct-int4-group"])
 def test_quantized_weights_that_vllm_may_write_to_are_private_copies(
     form: str,
-    tmp_path: Path,
     make_model: Callable[..., Path],
+    make_quantized: Callable[..., Path],
     make_checkpoint: Callable[..., Path],
     ask_plain: Callable[..., Any],
     hold: Callable[..., Any],
     start_engine: Callable[..., Any],
 ) -> None:
     source = make_model(hidden_size=1024, intermediate_size=2816, heads=16)
-    model = tmp_path / form
-    quantize(source, model, form)
-    for file in source.iterdir():
-        if not (model / file.name).exists():
-            shutil.copy(file, model)
+    model = make_quantized(source, form)
     _, tokens = ask_plain("serve.py", model, "auto", UTILIZATION)
     checkpoint = make_checkpoint(model)
     loader, environment = hold(checkpoint)

@@ -95,6 +95,14 @@ def hold(path: Path) -> int:
     return descriptor
 
 
+def shim(root: Path, code: str) -> dict[str, str]:
+    """The environment of a loader whose processes run `code` before anything else."""
+    directory = root / "shim"
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(directory)}
+
+
 @dataclass(frozen=True)
 class Answer:
     code: int

@@ -190,9 +190,8 @@ def test_with_a_mocked_refusal_of_direct_io_reading_is_buffered_and_said_so(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
     # File systems that refuse are rare (some FUSE and overlay ones), so open(2) refuses here.
-    shim = tmp_path / "shim"
-    shim.mkdir()
-    (shim / "sitecustomize.py").write_text(
+    environment = support.shim(
+        tmp_path,
         "import os\n"
         "real = os.open\n"
         "def refuse(path, flags, *rest, **named):\n"
@@ -200,10 +199,10 @@ def test_with_a_mocked_refusal_of_direct_io_reading_is_buffered_and_said_so(
         "        raise OSError(22, 'Invalid argument')\n"
         "    return real(path, flags, *rest, **named)\n"
         "os.open = refuse\n"
-        "del os.RWF_NOWAIT\n"  # nor does it tell what is cached
+        "del os.RWF_NOWAIT\n",  # nor does it tell what is cached
     )
     support.make_checkpoint(tmp_path / "checkpoint", parts=TWO_PARTS)
-    loader = start_loader(tmp_path / "checkpoint", PYTHONPATH=str(shim))
+    loader = start_loader(tmp_path / "checkpoint", **environment)
     (rank,) = loader.until_phase("Ready")["ranks"]
     assert rank["path"] == "buffered"
     assert rank["pathReason"] == "the file system refuses O_DIRECT: Invalid argument"

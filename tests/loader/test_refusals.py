@@ -244,13 +244,11 @@ def test_what_does_not_open_in_time(
 ) -> None:
     manifest = support.make_checkpoint(tmp_path / "checkpoint", ranks=2)
     held = support.hold(tmp_path / "checkpoint" / manifest.rank_parts(1)[0].file)
-    shim = tmp_path / "shim"
-    shim.mkdir()
-    (shim / "sitecustomize.py").write_text(
-        "from headrace_loader import supervisor\nsupervisor._OPENING_SECONDS = 2.0\n"
+    soon = support.shim(
+        tmp_path, "from headrace_loader import supervisor\nsupervisor._OPENING_SECONDS = 2.0\n"
     )
     size = ("--tensor-parallel-size", "2")
-    loader = start_loader(tmp_path / "checkpoint", *size, PYTHONPATH=str(shim))
+    loader = start_loader(tmp_path / "checkpoint", *size, **soon)
     reason, message = failed(loader, 69)
     os.close(held)
     assert reason == "BackendUnavailable"
@@ -322,9 +320,9 @@ def hung(support: Any, tmp_path: Path) -> tuple[Path, dict[str, str], Path]:
     """A checkpoint of two parts, a shim by which the second's reads hang, and what ends that."""
     two = ((("a", "U8", (300_000,)),), (("b", "U8", (200_000,)),))
     support.make_checkpoint(tmp_path / "checkpoint", parts=two, chunk_bytes=65536)
-    shim, go = tmp_path / "shim", tmp_path / "go"
-    shim.mkdir()
-    (shim / "sitecustomize.py").write_text(
+    go = tmp_path / "go"
+    environment = support.shim(
+        tmp_path,
         "import os, time\n"
         "from headrace_loader import supervisor\n"
         "supervisor._STALLED_SECONDS = float(os.environ.get('STALLED', '60'))\n"
@@ -335,9 +333,9 @@ def hung(support: Any, tmp_path: Path) -> tuple[Path, dict[str, str], Path]:
         f"    while second and not os.path.exists({str(go)!r}):\n"
         "        time.sleep(0.01)\n"
         "    return real(descriptor, buffers, *rest)\n"
-        "os.preadv = hang\n"
+        "os.preadv = hang\n",
     )
-    return tmp_path / "checkpoint", {"PYTHONPATH": str(shim)}, go
+    return tmp_path / "checkpoint", environment, go
 
 
 def test_with_a_mocked_hang_of_storage_the_rate_falls_and_engines_see_what_there_is(
@@ -381,12 +379,10 @@ def test_a_manifest_that_does_not_open_in_time(
 ) -> None:
     support.make_checkpoint(tmp_path / "checkpoint")
     held = support.hold(tmp_path / "checkpoint" / "manifest.json")
-    shim = tmp_path / "shim"
-    shim.mkdir()
-    (shim / "sitecustomize.py").write_text(
-        "from headrace_loader import supervisor\nsupervisor._OPENING_SECONDS = 2.0\n"
+    soon = support.shim(
+        tmp_path, "from headrace_loader import supervisor\nsupervisor._OPENING_SECONDS = 2.0\n"
     )
-    loader = start_loader(tmp_path / "checkpoint", PYTHONPATH=str(shim))
+    loader = start_loader(tmp_path / "checkpoint", **soon)
     reason, message = failed(loader, 75)
     os.close(held)
     assert reason == "StorageError"
