@@ -58,11 +58,15 @@ class Executor:
         self._applied: dict[str, tuple[str, str]] = {}
 
     async def write_children(self, resource: Object, plan: Plan) -> tuple[Rejection, ...]:
-        """Apply, scale and delete children; return what was refused for good.
+        """Delete, apply and scale children; return what was refused for good.
 
         Raises:
             ApiError: a request failed and should be tried again.
         """
+        # What no pod needs goes first: however often this is cut short, no more than one shard
+        # Job is at work, and a quota has room for the next.
+        for deletion in plan.delete:
+            await self.delete(deletion)
         rejections = []
         for desired in plan.apply:
             rejection = await self._apply(resource, desired)
@@ -70,8 +74,6 @@ class Executor:
                 rejections.append(rejection)
         if plan.scale is not None:
             await self._scale(resource, plan.scale)
-        for deletion in plan.delete:
-            await self.delete(deletion)
         return tuple(rejections)
 
     async def write_finalizer(self, resource: Object, plan: Plan) -> Object:

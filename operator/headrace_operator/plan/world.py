@@ -149,10 +149,13 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do: apply, scale and delete children, write the status, report events."""
+    """What to do, in this order: delete, apply and scale children, report events, write the status.
 
-    apply: tuple[Desired, ...] = ()
+    What is deleted is needed by nothing that exists: the rest may fail.
+    """
+
     delete: tuple[Deletion, ...] = ()
+    apply: tuple[Desired, ...] = ()
     scale: Scale | None = None
     status: Mapping[str, Any] | None = None
     transitions: tuple[Transition, ...] = ()

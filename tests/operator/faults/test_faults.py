@@ -36,9 +36,10 @@ from faults.life import (
 from faults.proxy import HANGING, LOST, REFUSED, Harm, Proxy, Request
 from headrace_operator.cluster import api
 from headrace_operator.cluster.execute import Executor
-from headrace_operator.cluster.kinds import MODEL_DEPLOYMENT, WATCHED
+from headrace_operator.cluster.kinds import JOB, MODEL_DEPLOYMENT, WATCHED
 from headrace_operator.cluster.store import Store
-from headrace_operator.errors import Conflict
+from headrace_operator.errors import ApiError, Conflict
+from headrace_operator.plan import Deletion, Desired, Plan
 
 ASKED = os.environ.get("HEADRACE_FAULTS", "")
 ALL = ASKED == "all"
@@ -282,6 +283,34 @@ async def test_a_status_does_not_replace_one_that_was_written_meanwhile(
             assert (await executor.write_status(seen, status_of(read, "2/1")))["status"] == {
                 "ready": "2/1"
             }
+
+
+async def test_what_is_not_needed_is_deleted_even_if_the_rest_fails(
+    cluster: Any, token: str
+) -> None:
+    """Else operators that die after a write would leave a Job of each spec at work."""
+    namespace = "halfway"
+    pod = {"restartPolicy": "Never", "containers": [{"name": "shard", "image": "none"}]}
+    spec = {"suspend": True, "template": {"spec": pod}}
+    async with (
+        Kube(cluster) as kube,
+        Proxy(
+            cluster.server,
+            cluster.authority,
+            harm=lambda request: REFUSED if request.method == "PATCH" else None,
+        ) as proxy,
+        connect(proxy, token) as client,
+    ):
+        await kube.create(NAMESPACE, {"metadata": {"name": namespace}})
+        body = {"metadata": {"name": "old", "namespace": namespace}, "spec": spec}
+        _, old = await kube.create(JOB, body)
+        _, resource = await kube.create(MODEL_DEPLOYMENT, model_deployment(namespace))
+        new = {**old, "metadata": {**old["metadata"], "name": "new", "labels": {}}}
+        executor = Executor(api.Api(client), Store(WATCHED))
+        plan = Plan(delete=(Deletion.of(old),), apply=(Desired(new),))
+        with pytest.raises(ApiError):
+            await executor.write_children(resource, plan)
+        assert await kube.list(JOB, namespace) == []
 
 
 def status_of(resource: Any, ready: str) -> dict[str, Any]:
