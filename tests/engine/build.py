@@ -3,8 +3,9 @@
     python build.py REQUEST_JSON
 
 The request is a list of {"model", "socket", ...}; "changes" are made to the model's
-configuration, further keys are engine arguments. Prints a list of findings as JSON after
-the marker FOUND: an error, or what the model is made of.
+configuration, "like" is a model that vLLM's own loader reads, to be compared, further keys are
+engine arguments. Prints a list of findings as JSON after the marker FOUND: an error, or what the
+model is made of.
 """
 
 import json
@@ -14,7 +15,7 @@ import tempfile
 import torch
 from mapped import is_shared
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
@@ -36,16 +37,36 @@ class LargestAllocation(TorchDispatchMode):
         return result
 
 
+def imitated_quant(output, values, scale, _group_shape):
+    """What vLLM's kernel for CUDA does of the name; its build for CPUs has none."""
+    limit = torch.finfo(output.dtype).max
+    output.copy_((values.float() / scale).clamp(-limit, limit).to(output.dtype))
+
+
+def configured(**arguments) -> VllmConfig:
+    return EngineArgs(enforce_eager=True, max_model_len=128, **arguments).create_engine_config()
+
+
+def differing(model: torch.nn.Module, job: dict) -> list[str]:
+    """Names of parameters that are not, bit for bit, what vLLM's own loader makes."""
+    config = configured(**job)
+    with set_current_vllm_config(config):
+        loader = get_model_loader(config.load_config)
+        expected = dict(loader.load_model(config, config.model_config).named_parameters())
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    return [name for name in found if bits(found[name]) != bits(expected[name])]
+
+
+def bits(tensor: torch.Tensor) -> tuple:
+    flat = tensor.detach().contiguous().flatten()
+    return tensor.dtype, tensor.shape, tensor.stride(), flat.view(torch.uint8).numpy().tobytes()
+
+
 def build(job: dict) -> dict:
-    socket, changes = job.pop("socket"), job.pop("changes", {})
-    arguments = EngineArgs(
-        load_format="headrace",
-        model_loader_extra_config={"socket": socket},
-        enforce_eager=True,
-        max_model_len=128,
-        **job,
-    )
-    config = arguments.create_engine_config()
+    socket, changes, like = job.pop("socket"), job.pop("changes", {}), job.pop("like", None)
+    arguments = {"load_format": "headrace", "model_loader_extra_config": {"socket": socket}}
+    config = configured(**arguments, **job)
     for name, value in changes.items():
         setattr(config.model_config, name, value)
     plugins._attached.clear()
@@ -69,6 +90,7 @@ def build(job: dict) -> dict:
         "scale": model.model.layers[0].self_attn.attn._k_scale.item(),
         "attributes_kept": hasattr(embedding, "weight_loader") and embedding.output_dim == 0,
         "training": model.training,
+        "differing": differing(model, job | {"model": like}) if like else None,
     }
 
 
@@ -80,6 +102,7 @@ def attempt(job: dict) -> dict:
 
 
 if __name__ == "__main__":
+    torch.ops._C.static_scaled_fp8_quant = imitated_quant
     with tempfile.TemporaryDirectory() as directory:
         config = EngineArgs(model=json.loads(sys.argv[1])[0]["model"]).create_engine_config()
         with set_current_vllm_config(config):

@@ -15,7 +15,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 HERE = Path(__file__).parent
 RANKS = 2
-QUANTIZED = ("awq", "ct-int4-group", "ct-int4-zero")
+QUANTIZED = (
+    "awq",
+    "gptq",
+    "ct-int4-group",
+    "ct-int4-zero",
+    "ct-int4-channel",
+    "fp8-block",
+    "ct-fp8-block",
+)
+CHANNEL = "ct-fp8-channel"
+FUSED_ANEW = ("fp8-tensor", "fp8-tensor-static", "ct-fp8-tensor", "ct-fp8-tensor-static")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start; ranks keep their own
@@ -137,12 +147,15 @@ def found(
     float32 = make_checkpoint(make_model(dtype="float32"), "float32")
     fp8 = make_checkpoint(model, quantization="fp8")
     paths = {"plain": plain, "tied": tied, "large": large, "float32": float32, "fp8": fp8}
-    paths |= {form: make_checkpoint(make_quantized(model, form)) for form in QUANTIZED}
+    sources = {form: make_quantized(model, form) for form in (*QUANTIZED, *FUSED_ANEW, CHANNEL)}
+    paths |= {form: make_checkpoint(source) for form, source in sources.items()}
     loaders = {name: start_loader(path, "--path", "Off") for name, path in paths.items()}
     jobs: dict[str, dict[str, Any]] = {
         name: {"model": str(path), "socket": str(loaders[name].socket)}
         for name, path in paths.items()
     }
+    for name, source in {"plain": model, **sources}.items():
+        jobs[name]["like"] = str(source)
     jobs["float32"]["dtype"] = "float32"  # linear weights are repacked on many more CPUs
     jobs["dtype"] = jobs["plain"] | {"dtype": "float16"}
     jobs["other"] = jobs["plain"] | {"socket": jobs["tied"]["socket"]}
@@ -173,6 +186,22 @@ def test_weights_that_a_quantization_may_write_to_are_private(
     found: dict[str, Any], name: str
 ) -> None:
     assert found[name]["linear"][1] is False
+
+
+@pytest.mark.parametrize("name", ["plain", CHANNEL, *QUANTIZED])
+def test_parameters_are_bit_for_bit_those_of_vllms_own_loader(
+    found: dict[str, Any], name: str
+) -> None:
+    assert found[name]["differing"] == []
+
+
+@pytest.mark.parametrize("name", FUSED_ANEW)
+def test_fp8_that_is_scaled_anew_in_place_is_private_with_an_imitated_kernel_of_cuda(
+    found: dict[str, Any], name: str
+) -> None:
+    assert "error" not in found[name], found[name]["error"]
+    assert found[name]["linear"] == ["torch.float8_e4m3fn", False]
+    assert found[name]["differing"] == []
 
 
 def test_quantizing_while_loading_is_refused(found: dict[str, Any]) -> None:
