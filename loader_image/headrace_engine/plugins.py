@@ -104,8 +104,7 @@ class _ProgressLog:
 
 def fill(
     model: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    copies: Sequence[PrivateCopy],
+    prepare: Callable[[], tuple[Mapping[str, torch.Tensor], Sequence[PrivateCopy]]],
     process: Callable[[], None],
     *,
     device: torch.device,
@@ -114,13 +113,16 @@ def fill(
 ) -> None:
     """Put the weights in place, let the engine `process` them, and log what it copied.
 
-    `copies` are those of `tensors` that are private already.
+    `prepare` returns the tensors and which of them are private already. It is called here, for
+    until Python 3.11 a call keeps its arguments: post-processing may free private ones, one layer
+    after the other.
     """
+    tensors, copies = prepare()
     made = [*copies, *assign(model, tensors, {copy.name for copy in copies})]
     total = sum(tensor.nbytes for tensor in tensors.values())
     copied = {copy.name for copy in made}
     views = {name: tensor for name, tensor in tensors.items() if name not in copied}
-    del tensors  # post-processing may free copies, one layer after the other
+    del tensors
     refuse_meta_tensors(model)
     before = private_bytes(device)
     with _post_processing(engine, device):

@@ -84,15 +84,13 @@ class HeadraceModelLoader(BaseModelLoader):
         device = _device(device_config.device_type)
         weights = attached(self._settings, get_parallel().tp_rank, device, _LOG)
         check_checkpoint(model_config.model_path, weights, _LOG)
-        tensors, copies = as_sglang_names(weights)
         with set_default_torch_dtype(model_config.dtype):
             with device, WeightsOnMeta():
                 model = _initialize_model(model_config, self.load_config)
             _check_layouts(model)
             fill(
                 model,
-                tensors,
-                copies,
+                lambda: as_sglang_names(weights),
                 lambda: DefaultModelLoader.postprocess_weights(model, device),
                 device=device,
                 engine="SGLang",

@@ -67,7 +67,7 @@ class HeadraceModelLoader(BaseModelLoader):
                 )
             fill(
                 model,
-                *_with_copies(model, model_config, weights),
+                lambda: _with_copies(model, model_config, weights),
                 lambda: process_weights_after_loading(model, model_config, device),
                 device=device,
                 engine="vLLM",

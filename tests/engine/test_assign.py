@@ -1,7 +1,10 @@
 """Models built without memory for weights, and weights put in their parameters' place."""
 
+import logging
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from headrace_engine.assign import assign, meta_tensors, refuse_meta_tensors
 from headrace_engine.copies import replaced_by_processing
 from headrace_engine.errors import WeightsMismatch
 from headrace_engine.meta import WeightsOnMeta
+from headrace_engine.plugins import fill
 from headrace_engine.weights import PrivateCopy
 
 
@@ -160,3 +164,34 @@ def test_copies_made_by_processing_are_found() -> None:
     reason = "Repacking.process_weights_after_loading changes the layout"
     shared = {name: tensor for name, tensor in weights.items() if name != "scale"}
     assert replaced_by_processing(model, shared) == [PrivateCopy("linear.weight", 64, reason)]
+
+
+def test_private_weights_that_post_processing_replaces_are_freed_at_once() -> None:
+    """Else a model that is repacked would be held twice until its last layer is."""
+    model = build()
+    shared = weights_of(model)
+    del shared["alias"]
+    memory: list[weakref.ref[Any]] = []
+    freed: list[bool] = []
+
+    def prepare() -> tuple[dict[str, torch.Tensor], list[PrivateCopy]]:
+        copied = np.ones((8, 4), np.float32)
+        memory.append(weakref.ref(copied))
+        name = "embedding.weight"
+        copy = PrivateCopy(name, copied.nbytes, "may be written to")
+        return shared | {name: torch.from_numpy(copied)}, [copy]
+
+    def process() -> None:
+        freed.append(memory[0]() is None)
+        model.embedding.weight = nn.Parameter(torch.ones(8, 4), requires_grad=False)
+        freed.append(memory[0]() is None)
+
+    fill(
+        model,
+        prepare,
+        process,
+        device=torch.device("cpu"),
+        engine="none",
+        logger=logging.getLogger(__name__),
+    )
+    assert freed == [False, True]
