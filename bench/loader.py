@@ -7,7 +7,8 @@ Every point writes a checkpoint, then in each round loads it with the real `head
 files: page cache warm, one after the other, so that all meet the same machine. Cold rounds
 drop the file from the page cache before each load. Numbers are in GiB/s:
 
-- headrace: bytes by the time from the begin of reading to resident and verified;
+- headrace: bytes by the time from the begin of reading to resident and verified; what comes
+  before, such as opening files and allocating, is overhead, while peers' rates have that in them;
 - limit: copies from pinned memory (cuda), or reads from the page cache to a buffer (host);
 - overhead_s: from process start to resident, without that time;
 - ready_s: from process start to Ready, when the workers are gone, too;
@@ -42,7 +43,15 @@ from typing import TYPE_CHECKING, Any
 from checkpoint import large_tensors, moe_tensors, write_checkpoint
 from headrace_handover import attach
 from peers import PEERS
-from targets import GIB, drop_cache, engine_attach_ms, fio_rate, open_target, read_rate
+from targets import (
+    GIB,
+    NotMeasuredError,
+    drop_cache,
+    engine_attach_ms,
+    fio_rate,
+    open_target,
+    read_rate,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,6 +60,7 @@ HERE = Path(__file__).parent
 BEGAN = time.monotonic()
 PEER_SECONDS = 300  # for an answer of a peer: some hang
 MARGIN = GIB  # bytes of storage to leave free
+DIRECT = "O_DIRECT"
 
 
 def say(text: str) -> None:
@@ -82,7 +92,7 @@ class Point(dict[str, Series]):
 
     def __init__(self, name: str, gib: float, tensors: int) -> None:
         self.name, self.gib, self.tensors = name, gib, tensors
-        self.path = ""
+        self.path = self.cold_path = ""
 
     def add(self, name: str, value: float) -> None:
         self.setdefault(name, Series()).values.append(value)
@@ -95,8 +105,9 @@ class Point(dict[str, Series]):
     def summary(self) -> dict[str, object]:
         series = {name: value.summary() for name, value in self.items()}
         about = {"name": self.name, "gib": self.gib, "tensors": self.tensors, "path": self.path}
+        cold = {"cold_path": self.cold_path} if self.cold_path else {}
         ratio = self.ratio("headrace", "limit")
-        return about | {"ratio_vs_limit": ratio} | series
+        return about | cold | {"ratio_vs_limit": ratio} | series
 
 
 def free_port() -> int:
@@ -139,7 +150,12 @@ def load_once(point: Point, prefix: str, directory: Path, plan: Plan) -> None:
     shutil.rmtree(runtime)
     ranks, timeline = [rank["times"] for rank in status["ranks"]], status["timeline"]
     transfer = max(rank["verified"] for rank in ranks) - min(rank["readBegan"] for rank in ranks)
-    point.path = status["ranks"][0]["path"] if not prefix else point.path
+    path = status["ranks"][0]["path"]
+    if prefix:
+        # One load that came from the page cache is enough to make the point no cold one.
+        point.cold_path = path if point.cold_path in ("", DIRECT) else point.cold_path
+    else:
+        point.path = path
     point.add(prefix + "headrace", status["totalBytes"] / GIB / transfer)
     resident = timeline["resident"] - timeline["processStarted"]
     point.add(prefix + "overhead_s", resident - transfer)
@@ -183,15 +199,15 @@ class Peer:
         line = self._process.stdout.readline()
         return json.loads(line) if line else {"missing": "it died", "error": "it died"}
 
-    def rate(self, directory: Path, nbytes: int) -> float | None:
+    def rate(self, directory: Path, nbytes: int) -> float:
+        """Return GiB/s; raises NotMeasuredError, and the peer is missing from then on."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{directory}\n")
         self._process.stdin.flush()
         answer = self._answer()
         if "error" in answer:
-            say(f"{self.name} failed: {answer['error']}")
             self.missing = answer["error"]
-            return None
+            raise NotMeasuredError(self.missing)
         return nbytes / GIB / float(answer["seconds"])
 
     def close(self) -> None:
@@ -238,33 +254,49 @@ def measure(plan: Plan, gib: float, kind: str) -> Point:
             # Not behind a peer: on GPUs copies are slower for a while then, by a tenth.
             point.add("limit", plan.target.limit(directory))
             for peer in peers:
-                if not peer.missing and (rate := peer.rate(directory, nbytes)):
-                    point.add(peer.name, rate)
+                if peer.missing:
+                    continue
+                try:
+                    point.add(peer.name, peer.rate(directory, nbytes))
+                except NotMeasuredError as error:
+                    say(f"{peer.name} failed: {error}")
+                    point.pop(peer.name, None)
         if kind == "large" and gib <= plan.cold_gib:
-            cold_rounds(plan, directory, point)
+            cold_rounds(plan, directory, point, peers, nbytes)
     return point
 
 
-def cold_rounds(plan: Plan, directory: Path, point: Point) -> None:
-    """Measure in changing order: disks that allow bursts favour who comes first."""
+def cold_rounds(plan: Plan, directory: Path, point: Point, peers: list[Peer], nbytes: int) -> None:
+    """Measure in changing order: disks that allow bursts favour who comes first.
+
+    What fails once is left out of the point: a median of some rounds is none of all.
+    """
+    threads = plan.threads * plan.ranks
     readers: dict[str, Callable[[], float]] = {
-        "cold_direct_read": lambda: read_rate(directory, plan.threads, direct=True)
+        "cold_direct_read": lambda: read_rate(directory, threads, direct=True)
     }
     if shutil.which("fio"):
         readers["cold_fio"] = lambda: fio_rate(directory, plan.threads)
-    names = ["headrace", *readers]
+    for peer in peers:
+        if not peer.missing:
+            readers[f"cold_{peer.name}"] = lambda peer=peer: peer.rate(directory, nbytes)
+    names = [*readers, "headrace"]
     for number in range(plan.repeats):
         say(f"{point.gib:g} GiB, cold: round {number + 1} of {plan.repeats}")
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            if name != "headrace" and name not in readers:
+                continue
             drop_cache(directory)
             if name == "headrace":
                 load_once(point, "cold_", directory, plan)
                 continue
             try:
                 point.add(name, readers[name]())
-            except OSError as error:
-                say(f"no direct reads here: {error}")
+            except NotMeasuredError as error:
+                say(f"{name}: not measured here: {error}")
+                del readers[name]
+                point.pop(name, None)
 
 
 def hardware(target: Any) -> str:
@@ -282,27 +314,47 @@ def lowest(points: list[Point], name: str, limit: str) -> float | None:
     return min(ratios, default=None)
 
 
+def highest(points: list[Point], name: str) -> float | None:
+    """Return the highest median among points that have a series."""
+    return max((round(point[name].median, 4) for point in points if name in point), default=None)
+
+
+def best_peer(points: list[Point], prefix: str = "") -> tuple[str | None, float | None]:
+    """Return the peer that comes closest at any size, and the ratio to it."""
+    name = f"{prefix}headrace"
+    ratios = [(r, peer) for peer in PEERS if (r := lowest(points, name, prefix + peer))]
+    ratio, peer = min(ratios, default=(None, None))
+    return peer, ratio
+
+
 def headline(points: list[Point], plan: Plan) -> dict[str, object]:
     """The one line: the worst size of each number, rates and CPU time of the largest."""
     large = [point for point in points if point.name == "large"]
     last = max(large, key=lambda point: point.gib)
-    cold = [point for point in large if "cold_headrace" in point]
-    peers = [(ratio, peer) for peer in PEERS if (ratio := lowest(large, "headrace", peer))]
-    ratio_vs_best, best_peer = min(peers, default=(None, None))
+    # Where the cache cannot be dropped, as of a tmpfs, no load is a cold one.
+    cold = [point for point in large if point.cold_path == DIRECT]
+    peer, ratio_vs_peer = best_peer(large)
+    cold_peer, cold_ratio_vs_peer = best_peer(cold, "cold_")
     warm = lowest(large, "headrace", "limit")
     rates = {point.gib: point["headrace"].median for point in large}
     many = [p for p in points if p.name == "moe" and p.gib in rates]
     many_ratios = [round(p["headrace"].median / rates[p.gib], 4) for p in many]
+    engine = points[0].get("engine_attach_ms")  # its first value has torch open the GPU in it
+    first = [round(value, 3) for value in engine.values] if engine else []
     on_gpu = plan.target.name == "cuda"
     return {
         "warm_ratio_vs_pinned": warm if on_gpu else None,
         "warm_ratio_vs_read": None if on_gpu else warm,
         "cold_ratio_vs_fio": lowest(cold, "cold_headrace", "cold_fio"),
         "cold_ratio_vs_direct_read": lowest(cold, "cold_headrace", "cold_direct_read"),
-        "overhead_s": round(max(point["overhead_s"].median for point in large), 4),
-        "attach_ms": round(max(point["attach_ms"].median for point in large), 3),
-        "best_peer": best_peer,
-        "ratio_vs_best_peer": ratio_vs_best,
+        "overhead_s": highest(points, "overhead_s"),
+        "attach_ms": highest(points, "attach_ms"),
+        "engine_attach_ms": highest(points, "engine_attach_ms"),
+        "first_engine_attach_ms": first[0] if first else None,
+        "best_peer": peer,
+        "ratio_vs_best_peer": ratio_vs_peer,
+        "cold_best_peer": cold_peer,
+        "cold_ratio_vs_best_peer": cold_ratio_vs_peer,
         "many_tensors_ratio": min(many_ratios, default=None),
         "path": last.path,
         "device": plan.target.device,
@@ -326,14 +378,24 @@ def parse() -> argparse.Namespace:
     add("--backend", choices=("host", "cuda"), help="default: cuda where there is a GPU")
     add("--gib", type=sizes, help="sizes; default 1,16 with a GPU, else 0.25")
     add("--moe-gib", type=sizes, default=[], help="sizes with 46080 tensors instead of few")
-    add("--repeats", type=int, default=3, help="rounds per size")
-    add("--read-threads", type=int, default=16)
+    add("--repeats", type=int, default=3, help="rounds per size; default 3")
+    add("--read-threads", type=int, default=16, help="per GPU; default 16")
     add("--ranks", type=int, default=1, help="GPUs to load at once, each with --gib; no peers")
-    add("--peer-gib", type=float, default=16, help="largest size that peers load; 0: no peers")
+    add(
+        "--peer-gib",
+        type=float,
+        default=16,
+        help="largest size that peers load; default 16; 0: none",
+    )
     add("--peers", nargs="*", choices=PEERS, default=[*PEERS], help="which; default all")
-    add("--cold-gib", type=float, default=4, help="largest size to load from storage; 0: none")
+    add("--cold-gib", type=float, default=16, help="largest cold size; default 16; 0: none")
     add("--python", default=sys.executable, help="the loader's interpreter, as of its image")
-    add("--directory", type=Path, default=Path(".cache/bench"), help="on the storage to measure")
+    add(
+        "--directory",
+        type=Path,
+        default=Path(".cache/bench"),
+        help="on the storage to measure; default .cache/bench",
+    )
     add("--output", type=Path, help="file for all numbers")
     add("--commit", help="commit measured; default: git's HEAD")
     return parser.parse_args()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,10 @@ GIB = 1 << 30
 PIECE = 4 << 20
 
 
+class NotMeasuredError(Exception):
+    """Why there is no number."""
+
+
 class HostTarget:
     """Memory of this machine; the limit is reading the same files into fixed buffers."""
 
@@ -32,9 +38,17 @@ class HostTarget:
         self._threads = threads
 
     def attach_ms(self, path: Path) -> float:
+        """Connect, receive the descriptors and map all regions read-only."""
         begin = time.perf_counter()
-        attach(path, rank=0, device=self.device, timeout=60).close()
-        return (time.perf_counter() - begin) * 1000
+        with attach(path, rank=0, device=self.device, timeout=60) as weights:
+            mapped = [
+                mmap.mmap(item.descriptor, item.region.nbytes, prot=mmap.PROT_READ)
+                for item in weights.regions
+            ]
+            elapsed = time.perf_counter() - begin
+            for mapping in mapped:
+                mapping.close()
+        return elapsed * 1000
 
     def limit(self, directory: Path) -> float:
         return read_rate(directory, self._threads, direct=False)
@@ -90,19 +104,23 @@ class Links:
     """The links of several GPUs, all copied over at once, by a process each as ranks are."""
 
     def __init__(self, count: int) -> None:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = list(map(str, range(count))) if named is None else named.split(",")
+        if len(visible) < count:
+            raise NotMeasuredError(f"--ranks {count}: CUDA_VISIBLE_DEVICES={named} are fewer GPUs")
         self._processes = [
             subprocess.Popen(
                 [sys.executable, str(HERE / "gpu.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(number)},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": device},
             )
-            for number in range(count)
+            for device in visible[:count]
         ]
         for number, process in enumerate(self._processes):
             if process.stdout is None or process.stdout.readline() != "ready\n":
-                raise SystemExit(f"--ranks {count}: GPU {number} cannot be used")
+                raise NotMeasuredError(f"--ranks {count}: GPU {visible[number]} cannot be used")
 
     def rate(self, nbytes: int) -> float:
         """Copy `nbytes` in all, and return GiB/s over all: as slow as the slowest."""
@@ -117,14 +135,14 @@ class Links:
 
 def open_target(name: str | None, threads: int, ranks: int) -> HostTarget | CudaTarget:
     if name == "host":
-        return HostTarget(threads)
+        return HostTarget(threads * ranks)
     try:
         return CudaTarget(threads, ranks)
     except Exception as error:  # noqa: BLE001 - whatever keeps this GPU from working
         if name == "cuda":
             raise SystemExit(f"--backend cuda: {error}; use --backend host") from None
         print(f"no GPU here ({error}): backend host", file=sys.stderr, flush=True)
-        return HostTarget(threads)
+        return HostTarget(threads * ranks)
 
 
 def engine_attach_ms(path: Path, device: str) -> tuple[float, float] | None:
@@ -144,11 +162,15 @@ def engine_attach_ms(path: Path, device: str) -> tuple[float, float] | None:
 
 
 def read_rate(directory: Path, threads: int, *, direct: bool) -> float:
-    """GiB/s of `threads` threads that read all parts in order into a buffer each."""
-    import mmap
+    """GiB/s of `threads` threads that read all parts in order into a buffer each.
 
+    Raises NotMeasuredError where the file system has no direct reads.
+    """
     flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
-    files = [os.open(path, flags) for path in sorted(directory.glob("*.safetensors"))]
+    try:
+        files = [os.open(path, flags) for path in sorted(directory.glob("*.safetensors"))]
+    except OSError as error:
+        raise NotMeasuredError(error.strerror) from None
     sizes = [os.fstat(file).st_size for file in files]
     work = iter(
         [(f, offset) for f, n in zip(files, sizes, strict=True) for offset in range(0, n, PIECE)]
@@ -177,13 +199,16 @@ def read_rate(directory: Path, threads: int, *, direct: bool) -> float:
 
 
 def fio_rate(directory: Path, threads: int) -> float:
-    """GiB/s of fio's sequential O_DIRECT read of all parts, with as many reads under way.
+    """GiB/s of fio's sequential O_DIRECT read of all parts at once, each with as many reads.
 
     The better of two ways: one reader with a queue, and a reader for each share of a file.
+    Raises NotMeasuredError.
     """
     parts = sorted(directory.glob("*.safetensors"))
     total = sum(path.stat().st_size for path in parts)
-    return total / GIB / min(sum(map(way, parts)) for way in (_queued(threads), _shared(threads)))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        ways = (_queued(threads), _shared(threads))
+        return total / GIB / min(max(pool.map(way, parts)) for way in ways)
 
 
 def _queued(depth: int) -> Callable[[Path], float]:
@@ -203,14 +228,25 @@ def _shared(jobs: int) -> Callable[[Path], float]:
 
 
 def _fio(path: Path, *options: str) -> float:
-    """Return the seconds that it takes to read a file to its end."""
+    """Return the seconds that it takes to read a file to its end; raises NotMeasuredError."""
     command = [
         *("fio", "--name=cold", f"--filename={path}", "--rw=read", "--direct=1", "--bs=4M"),
         *("--group_reporting", "--output-format=json", *options),
     ]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-    read = json.loads(out.stdout[out.stdout.index("{") :])["jobs"][0]["read"]
-    return path.stat().st_size / read["io_bytes"] * read["runtime"] / 1000
+    try:
+        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        read = json.loads(out.stdout[out.stdout.index("{") :])["jobs"][0]["read"]
+        return float(path.stat().st_size / read["io_bytes"] * read["runtime"] / 1000)
+    except subprocess.CalledProcessError as error:
+        raise NotMeasuredError(f"fio: {(error.stderr or error.stdout)[-500:].strip()}") from None
+    except (
+        OSError,
+        subprocess.TimeoutExpired,
+        ValueError,
+        LookupError,
+        ZeroDivisionError,
+    ) as error:
+        raise NotMeasuredError(f"fio: {type(error).__name__}: {error}") from None
 
 
 def drop_cache(directory: Path) -> None:
