@@ -27,6 +27,7 @@ _REQUEST_SECONDS = 5.0
 _MAX_BYTES = 1 << 20
 _MAX_SECONDS = 86400.0
 _INTERRUPTED = 128 + signal.SIGINT
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}B/{total_fmt}B{postfix}"
 _OVER = (Phase.READY, Phase.ORPHANED, Phase.FAILED)
 
 Status = dict[str, Any]
@@ -88,19 +89,31 @@ class Bars:
                     total=rank["totalBytes"],
                     position=len(self._bars),
                     desc=f"rank {number}",
-                    unit="B",
                     unit_scale=True,
                     unit_divisor=1024,
+                    miniters=0,  # also where nothing arrives, for then the rate falls
+                    bar_format=_BAR,
                 )
             bar = self._bars[number]
-            if rank["path"]:
-                bar.set_postfix_str(f"{rank['path']} {rank['device']}", refresh=False)
+            bar.set_postfix_str(_pace(rank), refresh=False)
             bar.update(rank["readBytes"] - bar.n)
 
     def close(self) -> None:
         """Leave the bars as they are."""
         for bar in self._bars.values():
             bar.close()
+
+
+def _pace(rank: Status) -> str:
+    """Return rate, time left, path and device, as the loader has them: tqdm sees only a part."""
+    rate, left = rank["bytesPerSecond"], rank["etaSeconds"]
+    return ", ".join(
+        [
+            "?B/s" if rate is None else tqdm.format_sizeof(rate, "B/s", 1024),
+            f"{'?' if left is None else tqdm.format_interval(left)} left",
+            *([f"{rank['path']} {rank['device']}"] if rank["path"] else []),
+        ]
+    )
 
 
 def summary(status: Status) -> str:

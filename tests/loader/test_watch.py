@@ -71,6 +71,25 @@ def test_bars_of_a_load_that_is_going_on(
     assert "rank 1: 100%" in drawn.read_text()
 
 
+def test_bars_have_rate_and_time_left_from_the_loader(capsys: pytest.CaptureFixture[str]) -> None:
+    """One who looks late, or at storage that hangs, sees no other numbers than the status has."""
+    rank = {"rank": 0, "totalBytes": 4 << 30, "path": "PageCache", "device": "GPU-1"}
+    stand = {"readBytes": 3 << 30, "bytesPerSecond": float(1 << 30), "etaSeconds": 61.0}
+    opening = {"readBytes": 0, "bytesPerSecond": None, "etaSeconds": None, "path": None}
+    slower = {"bytesPerSecond": float(1 << 29), "etaSeconds": 122.0}
+    bars = watch.Bars()
+    for news in (opening, opening, stand, stand | slower):
+        bars.show({"ranks": [rank | news]})
+        time.sleep(0.2)  # tqdm draws ten times a second at most
+    bars.close()
+    drawn = capsys.readouterr().err
+    assert "rank 0:   0%" in drawn
+    assert "0.00B/4.00GB, ?B/s, ? left\r" in drawn
+    assert "rank 0:  75%" in drawn
+    assert "3.00GB/4.00GB, 1.00GB/s, 01:01 left, PageCache GPU-1\r" in drawn
+    assert "3.00GB/4.00GB, 512MB/s, 02:02 left, PageCache GPU-1" in drawn
+
+
 def test_a_failed_load_is_named(
     support: Any, start_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
