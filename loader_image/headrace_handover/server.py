@@ -69,8 +69,8 @@ class WeightSource(Protocol):
     def answer(self, request: Request) -> Loading | Offer | Failure:
         """Return the present answer to a request, at once."""
 
-    def wait(self, seconds: float) -> None:
-        """Return when the answer may have changed, or after `seconds`."""
+    def wait(self, request: Request, seconds: float) -> None:
+        """Return once the answer is another one than Loading, or after `seconds`."""
 
     def attached(self, peer: Peer) -> None:
         """Note that a client received the weights."""
@@ -220,21 +220,12 @@ class HandoverServer:
             return
         while isinstance(answer := self._source.answer(request), Loading):
             channel.send(answer.encode(), deadline=time.monotonic() + self._limits.send_seconds)
-            self._wait(request)
+            self._source.wait(request, self._limits.progress_seconds)
+            if self._closing:
+                raise PeerClosed("the server is closing")
         if isinstance(answer, Failure):
             self._refuse(channel, answer, wait=1.0)
         self._hand_over(channel, answer, Peer(number, request.rank, request.device, pid))
-
-    def _wait(self, request: Request) -> None:
-        """Wait until the weights are there, at most for the time between two messages."""
-        due = time.monotonic() + self._limits.progress_seconds
-        while isinstance(self._source.answer(request), Loading):
-            left = due - time.monotonic()
-            if left <= 0:
-                return
-            self._source.wait(left)  # may return at any change, such as each step of the progress
-            if self._closing:
-                raise PeerClosed("the server is closing")
 
     def _receive_request(self, channel: Channel) -> Request | None:
         deadline = time.monotonic() + self._limits.request_seconds

@@ -85,6 +85,8 @@ class StatusServer(ThreadingHTTPServer):
         try:
             watchdog.start()
             super().process_request_thread(request, client_address)
+        except RuntimeError:  # the watchdog could not be started
+            self.shutdown_request(request)
         finally:
             watchdog.cancel()
             self._forget(request)

@@ -19,18 +19,22 @@ class Lease:
     """The lock file in `directory`; not locked until `acquire` says so."""
 
     def __init__(self, directory: Path) -> None:
-        path = directory / FILE_NAME
+        self._path = directory / FILE_NAME
         try:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise RuntimeDirectoryUnusable(f"{path}: {error.strerror}") from None
+            raise RuntimeDirectoryUnusable(f"{self._path}: {error.strerror}") from None
 
     def acquire(self) -> bool:
-        """Take the lock if it is free; never waits."""
+        """Take the lock if it is free; never waits. Raises RuntimeDirectoryUnusable."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise RuntimeDirectoryUnusable(
+                f"{self._path}: {error.strerror}: --runtime-dir must be on a file system with flock"
+            ) from None
         return True
 
     def close(self) -> None:

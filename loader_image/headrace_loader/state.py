@@ -4,7 +4,7 @@ import enum
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -145,10 +145,10 @@ class LoaderState:
             yield
             self._changed.notify_all()
 
-    def wait(self, seconds: float) -> None:
-        """Return after a change, or after `seconds`."""
+    def wait_for(self, check: Callable[[], bool], seconds: float) -> None:
+        """Return once `check`, asked after each change, is true, or after `seconds`."""
         with self._changed:
-            self._changed.wait(seconds)
+            self._changed.wait_for(check, seconds)
 
     def enter(self, phase: Phase, message: str) -> None:
         """Change the phase; call within `changing()`."""

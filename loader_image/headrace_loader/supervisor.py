@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from headrace_loader.errors import (
     PUBLISHED,
     BackendUnavailable,
     CheckpointMissing,
+    GpuFailed,
     InternalError,
     LoaderError,
     ManifestInvalid,
@@ -313,6 +314,8 @@ class Supervisor:
                 self._take(news, load, checkpoint, lease)
         if self._engine_cache:
             self._engine_cache.wait(lambda: not self._news.empty())  # a wish to stop, no less
+            if self._is_stopped():
+                return False
             self._engine_cache.watch()
         with self._state.changing():
             self._state.enter(Phase.READY, "weights are resident and verified")
@@ -320,12 +323,20 @@ class Supervisor:
         log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
         return True
 
+    def _is_stopped(self) -> bool:
+        """Whether a signal asked the loader to end, once all workers have."""
+        with suppress(queue.Empty):
+            while not isinstance(self._next(0.0), Stop):
+                pass
+            return True
+        return False
+
     def _next_of(self, load: _Load) -> News:
         """Wait for news of a load.
 
         Raises:
             BackendUnavailable: it does not get under way.
-            StorageError: it does not go on.
+            StorageError, GpuFailed: it does not go on.
         """
         opening = [rank.rank for rank in self._state.ranks if rank.path is None]
         left = load.opened_by - time.monotonic()
@@ -359,6 +370,7 @@ class Supervisor:
         deadline = time.monotonic() + _END_SECONDS  # of all: storage that hangs keeps them alive
         for worker in workers:
             worker.stop(deadline - time.monotonic())
+        self._started = None
         self._drain()
 
     def _drain(self) -> None:
@@ -449,11 +461,17 @@ class Supervisor:
         time.sleep(_FAREWELL_SECONDS)  # lets waiting engines receive the reason
 
 
-def _stalled(ranks: list[RankState], load: _Load) -> StorageError:
+def _stalled(ranks: list[RankState], load: _Load) -> StorageError | GpuFailed:
+    if not load.missing:
+        left = ", ".join(map(str, sorted(load.running)))
+        return GpuFailed(
+            f"rank {left}: the weights are verified, but their worker did not end within "
+            f"{_STALLED_SECONDS:g} s; look for Xid in the node's kernel log"
+        )
     missing = ", ".join(
         f"rank {rank.rank} ({rank.read_bytes} of {rank.total_bytes} bytes)"
         for rank in ranks
-        if rank.rank in load.running
+        if rank.rank in load.missing
     )
     return StorageError(
         f"{missing}: no byte arrived for {_STALLED_SECONDS:g} s; look at the file system's health, "

@@ -53,11 +53,11 @@ def locality(pci_bus_id: str, sysfs: Path = SYSFS) -> Locality:
     """Look a PCI device up in sysfs.
 
     `pci_bus_id` is domain:bus:device.function in hexadecimal, as the driver gives it (the
-    domain may have eight digits; sysfs has four). Source: Documentation/ABI/testing/sysfs-bus-pci,
-    local_cpulist and numa_node.
+    domain may have eight digits; sysfs has at least four). Source:
+    Documentation/ABI/testing/sysfs-bus-pci, local_cpulist and numa_node.
     """
     domain, _, rest = pci_bus_id.lower().partition(":")
-    device = sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}"
+    device = sysfs / "bus/pci/devices" / f"{domain.lstrip('0'):0>4}:{rest}"
     try:
         cpu_list = (device / "local_cpulist").read_text().strip()
     except OSError:

@@ -27,6 +27,7 @@ _REQUEST_SECONDS = 5.0
 _MAX_BYTES = 1 << 20
 _MAX_SECONDS = 86400.0
 _INTERRUPTED = 128 + signal.SIGINT
+_HERE = ("localhost", "127.0.0.1", "::1")
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}B/{total_fmt}B{postfix}"
 _OVER = (Phase.READY, Phase.ORPHANED, Phase.FAILED)
 
@@ -133,13 +134,19 @@ def summary(status: Status) -> str:
 def fetch(url: str) -> Status:
     """Return the status document of a loader. Raises OSError, also for an answer that is none."""
     try:
-        with urllib.request.urlopen(f"{url}/v1/status", timeout=_REQUEST_SECONDS) as response:  # noqa: S310 - http alone, see _url
+        with _opener(url).open(f"{url}/v1/status", timeout=_REQUEST_SECONDS) as response:
             status = json.loads(response.read(_MAX_BYTES))
     except (ValueError, HTTPException):
         status = None
     if not isinstance(status, dict) or "ranks" not in status:
         raise OSError("the answer is no loader's status")
     return status
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """Return what opens URLs, without a proxy where this machine is meant."""
+    is_here = urlsplit(url).hostname in _HERE
+    return urllib.request.build_opener(urllib.request.ProxyHandler({} if is_here else None))
 
 
 def _answer(ask: Callable[[], Status], timeout: float) -> Status:

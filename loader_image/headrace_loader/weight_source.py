@@ -31,9 +31,9 @@ class ResidentWeights:
                 return _offer(state.ranks[held.index(request.rank)], request)
             return Loading(state.read_bytes, state.total_bytes, state.message)
 
-    def wait(self, seconds: float) -> None:
-        """Return after a change of the state, or after `seconds`."""
-        self._state.wait(seconds)
+    def wait(self, request: Request, seconds: float) -> None:
+        """Return once it is known whether the weights can be had, or after `seconds`."""
+        self._state.wait_for(lambda: not isinstance(self.answer(request), Loading), seconds)
 
     def attached(self, peer: Peer) -> None:
         """Note an engine's hold."""

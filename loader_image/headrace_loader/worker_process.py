@@ -69,6 +69,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         reading, writing = os.pipe()
         self._plan = os.fdopen(writing, "wb")
+        self._is_told = False
         with theirs, os.fdopen(reading) as stdin:
             self._process = subprocess.Popen(
                 _command(device, options, theirs.fileno()),
@@ -81,6 +82,7 @@ class WorkerProcess:
 
     def load(self, sources: Sequence[PartSource]) -> None:
         """Tell it to load these parts; returns at once."""
+        self._is_told = True
         threading.Thread(target=self._tell, args=(encode_plan(sources),), daemon=True).start()
 
     def _tell(self, plan: bytes) -> None:
@@ -96,8 +98,9 @@ class WorkerProcess:
         """Kill the worker unless it has ended, and wait for it, not longer than `seconds`."""
         self.kill()
         self._thread.join(max(0.0, seconds))
-        with contextlib.suppress(OSError):
-            self._plan.close()
+        if not self._is_told:  # else who writes closes it, and may have to wait for the worker
+            with contextlib.suppress(OSError):
+                self._plan.close()
 
     def _listen(self) -> None:
         try:
@@ -126,6 +129,7 @@ class WorkerProcess:
 def _command(device: int, options: WorkerOptions, descriptor: int) -> Sequence[str]:
     return [
         sys.executable,
+        "-P",  # nothing is imported from the current directory
         "-m",
         "headrace_loader.worker_main",
         f"--socket={descriptor}",

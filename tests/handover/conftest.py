@@ -36,9 +36,9 @@ class Source:
             self.present = answer
             self.changed.notify_all()
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, request: Request, seconds: float) -> None:
         with self.changed:
-            self.changed.wait(seconds)
+            self.changed.wait_for(lambda: not isinstance(self.answer(request), Loading), seconds)
 
     def attached(self, peer: Peer) -> None:
         with self.changed:

@@ -146,12 +146,7 @@ def test_the_engine_that_answers_triggers_publication(tmp_path: Path) -> None:
         pod = Pod(tmp_path, "pod", port=port)
         pod.compiles(graph="compiled")
         pod.cache.watch()
-        with pod.state.reading():
-            pass
-        for _ in range(100):
-            if pod.phase is EngineCachePhase.PUBLISHED:
-                break
-            pod.state.wait(0.1)
+        pod.state.wait_for(lambda: "engineCachePublished" in pod.state.timeline, 10)
     assert pod.phase is EngineCachePhase.PUBLISHED
     assert {"engineReady", "engineCachePublished"} <= set(pod.state.timeline)
 

@@ -1,6 +1,8 @@
 """The process itself: signals before it has handlers, open files, workers that talk nonsense."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import queue
 import shutil
@@ -15,11 +17,15 @@ from typing import Any
 
 import pytest
 
-from headrace_loader import worker_process
+from headrace_handover.messages import Request
+from headrace_loader import supervisor, worker_process
 from headrace_loader.backends import PathPolicy
 from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
-from headrace_loader.state import LoaderState, Settings
+from headrace_loader.errors import GpuFailed, RuntimeDirectoryUnusable, StorageError
+from headrace_loader.lease import Lease
+from headrace_loader.state import LoaderState, Phase, RankState, Settings
 from headrace_loader.system import usable_cpus
+from headrace_loader.weight_source import ResidentWeights
 from headrace_loader.worker_process import WorkerEnded, WorkerEvent, WorkerOptions, WorkerProcess
 from headrace_loader.worker_protocol import Failed
 
@@ -140,6 +146,69 @@ def test_a_loader_ends_at_once_while_caches_are_restored(
     begin = time.monotonic()
     assert loader.terminate() == 0
     assert time.monotonic() - begin < 10
+    assert '"resident"' not in loader.log.read_text()  # it never was Ready
+
+
+def test_with_a_mocked_worker_that_cannot_be_killed_a_loader_ends(
+    support: Any, start_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As one is that waits for a GPU which fell off the bus; its plan is larger than a pipe."""
+    support.make_checkpoint(
+        tmp_path / "checkpoint", parts=((("a", "U8", (8 << 20,)),),), chunk_bytes=4096
+    )
+    shim = support.shim(
+        tmp_path,
+        "import os, sys, time\n"
+        "if 'headrace_loader.worker_main' in sys.orig_argv:\n"
+        "    os.fork()\n"  # of the two one is killed, the other keeps socket and pipe
+        "    time.sleep(30)\n"
+        "    os._exit(0)\n"
+        "from headrace_loader import supervisor\n"
+        "supervisor._END_SECONDS = 4.0\n",
+    )
+    loader = start_loader(tmp_path / "checkpoint", **shim)
+    loader.until_phase("Loading")
+    begin = time.monotonic()
+    assert loader.terminate() == 0
+    assert time.monotonic() - begin < 7.5  # waited for once
+
+
+def test_a_worker_imports_nothing_from_the_current_directory(tmp_path: Path) -> None:
+    for name in ("select", "headrace_loader"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w')\n")
+    options = WorkerOptions("host", PathPolicy.OFF, 1, 1)
+    command = worker_process._command(0, options, 0)
+    subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_workers_that_stay_when_all_is_verified_are_named() -> None:
+    state = RankState(3, 10)
+    error = supervisor._stalled([state], supervisor._Load([], set(), {3}))
+    assert isinstance(error, GpuFailed)
+    assert "rank 3: the weights are verified, but their worker did not end" in str(error)
+    error = supervisor._stalled([state], supervisor._Load([], {3}, {3}))
+    assert isinstance(error, StorageError)
+
+
+def test_a_lease_where_files_cannot_be_locked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RuntimeDirectoryUnusable, match="No locks available: --runtime-dir must"):
+        Lease(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("phase", [Phase.READY, Phase.FAILED])
+def test_what_is_known_already_is_not_waited_for(phase: Phase) -> None:
+    """A change between an answer and the wait for the next would be missed."""
+    state = LoaderState(Settings("host", PathPolicy.OFF, 1), 0.0, phase, ranks=[RankState(0, 1)])
+    begin = time.monotonic()
+    ResidentWeights(state).wait(Request(0, "host"), 60)
+    assert time.monotonic() - begin < 30
 
 
 def test_as_many_files_may_be_open_as_the_node_allows() -> None:

@@ -37,6 +37,7 @@ def test_ranges(text: str, cpus: set[int] | None) -> None:
 @pytest.mark.parametrize("name", ["0000:3b:00.0", "00000000:3B:00.0"])
 def test_names_of_driver_and_sysfs(tmp_path: Path, name: str) -> None:
     assert locality(name, sysfs(tmp_path, "4-5\n")).cpus == {4, 5}
+    assert locality(f"0001{name[-12:]}", tmp_path).cpus == set()  # of another domain
 
 
 @pytest.mark.parametrize("cpus", ["", "what", "3-"])

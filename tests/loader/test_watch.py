@@ -111,6 +111,22 @@ def test_a_failed_load_is_named(
     assert watch.summary(watch.watch(ask, 10)) == "Failed: DigestMismatch: part 0"
 
 
+def test_a_proxy_is_not_asked_for_what_is_here(
+    monkeypatch: pytest.MonkeyPatch,
+    support: Any,
+    start_loader: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    support.make_checkpoint(tmp_path / "checkpoint")
+    loader = start_loader(tmp_path / "checkpoint")
+    loader.until_phase("Ready")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert watch.fetch(url(loader))["phase"] == "Ready"
+    with pytest.raises(OSError, match="refused"):
+        watch.fetch(f"http://loader.invalid:{loader.port}")  # by the proxy
+
+
 def test_nobody_there() -> None:
     out = headrace("load", "--watch", "http://127.0.0.1:9", "--timeout", "0.1")
     assert out.returncode == os.EX_UNAVAILABLE
