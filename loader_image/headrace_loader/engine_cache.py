@@ -10,6 +10,7 @@ time: what goes wrong with it is logged, shown in the status, and never fails a 
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -31,6 +32,9 @@ MAX_BYTES = 8 << 30
 """A larger cache is neither packed nor unpacked."""
 MAX_FILES = 100_000
 
+_FRESH = ".new-"
+_UNKNOWN = "unknown"
+_STOP_SECONDS = 1.0
 _RESTORE_SECONDS = 30.0
 _STEP_SECONDS = 0.1
 _LEFTOVER_SECONDS = 3600.0
@@ -65,6 +69,7 @@ class EngineCache:
         self._content = options.local / CONTENT
         kind = re.sub(r"[^A-Za-z0-9._-]+", "-", processors())
         self._file = options.store / f"{options.key}-{kind}.zip"
+        self._is_damaged = False
         self._stopped = threading.Event()
         self._restoring = threading.Thread(target=self.restore, name="engine-cache", daemon=True)
 
@@ -86,24 +91,37 @@ class EngineCache:
         threading.Thread(target=self._watch, name="engine-cache-watch", daemon=True).start()
 
     def stop(self) -> None:
-        """Ask the watching thread to end."""
+        """Ask the threads to end; the one that unpacks is waited for, not for long."""
         self._stopped.set()
+        if self._restoring.is_alive():
+            self._restoring.join(_STOP_SECONDS)
 
     def restore(self) -> None:
         """Unpack the volume's file, unless an engine has begun to write already."""
+        try:
+            self._restore()
+        except Exception as error:  # noqa: BLE001 - zipfile lets through what zlib and lzma raise
+            self._is_damaged = not isinstance(error, OSError)
+            self._say(EngineCachePhase.FAILED, f"{self._file}: {type(error).__name__}: {error}")
+
+    def _restore(self) -> None:
+        for leftover in self._options.local.glob(f"{_FRESH}*"):  # of one that was killed
+            shutil.rmtree(leftover)
         if self._content.exists():
             self._say(EngineCachePhase.KEPT, "the pod's own caches are still there")
             return
         try:
-            files = self._unpack()
+            archive = zipfile.ZipFile(self._file)
         except FileNotFoundError:
             self._say(EngineCachePhase.MISSING, f"{self._file}: nothing compiled yet")
-        except Exception as error:  # noqa: BLE001 - zipfile lets through what zlib and lzma raise
-            self._say(EngineCachePhase.FAILED, f"{self._file}: {type(error).__name__}: {error}")
-        else:
-            self._say(EngineCachePhase.RESTORED, str(self._file), files)
-            with self._state.changing():
-                self._state.mark("engineCacheRestored")
+            return
+        with archive:
+            files = self._unpack(archive)
+        if files is None:
+            return
+        self._say(EngineCachePhase.RESTORED, str(self._file), files)
+        with self._state.changing():
+            self._state.mark("engineCacheRestored")
 
     def _watch(self) -> None:
         url = f"http://127.0.0.1:{self._options.engine_port}/health"
@@ -114,8 +132,8 @@ class EngineCache:
             self._state.mark("engineReady")
         try:
             self.publish()
-        except (OSError, ValueError) as error:
-            self._say(EngineCachePhase.FAILED, f"{self._file}: {error}")
+        except Exception as error:  # noqa: BLE001 - worth nothing but time
+            self._say(EngineCachePhase.FAILED, f"{self._file}: {type(error).__name__}: {error}")
 
     def publish(self) -> None:
         """Replace the volume's file if it lacks what the engine wrote, or was damaged.
@@ -123,8 +141,7 @@ class EngineCache:
         Raises OSError, or ValueError where the caches are larger than `MAX_BYTES`.
         """
         files = dict(_regular_files(self._content))
-        damaged = self._state.engine_cache.phase is EngineCachePhase.FAILED
-        if not damaged and files.items() <= self._published().items():
+        if not self._is_damaged and files.items() <= self._published().items():
             return
         _check(len(files), sum(files.values()))
         prefix = f".{self._file.stem}."
@@ -158,21 +175,27 @@ class EngineCache:
                 if now - path.stat().st_mtime > _LEFTOVER_SECONDS:
                     path.unlink()
 
-    def _unpack(self) -> _Files:
-        with (
-            zipfile.ZipFile(self._file) as archive,
-            tempfile.TemporaryDirectory(prefix=".new-", dir=self._options.local) as name,
-        ):
-            entries = archive.infolist()
-            _check(len(entries), sum(entry.file_size for entry in entries))
-            fresh = Path(name) / CONTENT
+    def _unpack(self, archive: zipfile.ZipFile) -> _Files | None:
+        """Return what was unpacked; None if told to stop meanwhile."""
+        entries = archive.infolist()
+        _check(len(entries), sum(entry.file_size for entry in entries))
+        # Not a TemporaryDirectory: at the process's end that is removed under this thread's feet.
+        directory = tempfile.mkdtemp(prefix=_FRESH, dir=self._options.local)
+        try:
+            fresh = Path(directory) / CONTENT
             fresh.mkdir()
-            archive.extractall(fresh)
-            with contextlib.suppress(FileExistsError):
-                fresh.rename(self._content)
-            if fresh.exists():
-                raise FileExistsError("an engine that did not wait has begun to compile")
-            return _listed(archive)
+            for entry in entries:
+                if self._stopped.is_set():
+                    return None
+                archive.extract(entry, fresh)
+            fresh.rename(self._content)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError("an engine that did not wait has begun to compile") from None
+            raise
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+        return _listed(archive)
 
     def _say(self, phase: EngineCachePhase, message: str, files: _Files | None = None) -> None:
         nbytes = sum(files.values()) if files else 0
@@ -186,7 +209,18 @@ def processors(proc: Path = Path("/proc")) -> str:
     """Return the models of GPU and processor: compiled code is for both."""
     gpus = sorted(proc.glob("driver/nvidia/gpus/*/information"))
     gpu = _field(gpus[0], "Model") if gpus else "no GPU"
-    return f"{gpu} {_field(proc / 'cpuinfo', 'model name')}"
+    return f"{gpu} {_processor(proc / 'cpuinfo')}"
+
+
+def _processor(cpuinfo: Path) -> str:
+    """Return the model, or what tells cores apart where the kernel has no name for it, as on arm64.
+
+    Source: c_show in arch/arm64/kernel/cpuinfo.c.
+    """
+    name = _field(cpuinfo, "model name")
+    if name != _UNKNOWN and not name.startswith("ARM"):
+        return name
+    return " ".join(_field(cpuinfo, f"CPU {part}") for part in ("implementer", "variant", "part"))
 
 
 def _field(path: Path, name: str) -> str:
@@ -195,7 +229,7 @@ def _field(path: Path, name: str) -> str:
             key, _, value = line.partition(":")
             if key.strip() == name:
                 return value.strip()
-    return "unknown"
+    return _UNKNOWN
 
 
 def _answers(url: str) -> bool:
@@ -227,7 +261,10 @@ def _pack(root: Path, files: _Files, out: IO[bytes]) -> None:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
             descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb") as source, archive.open(name, "w") as entry:
+            with (
+                os.fdopen(descriptor, "rb") as source,
+                archive.open(name, "w", force_zip64=True) as entry,
+            ):
                 shutil.copyfileobj(source, entry, 1 << 20)
 
 

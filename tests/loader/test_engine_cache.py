@@ -257,6 +257,77 @@ def test_what_an_engine_has_begun_is_kept(tmp_path: Path) -> None:
     assert (second.content / "graph").read_text() == "its own"
 
 
+def test_what_a_killed_loader_unpacked_is_removed(tmp_path: Path) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled")
+    first.cache.publish()
+    (second.local / ".new-1" / CONTENT).mkdir(parents=True)
+    second.cache.restore()
+    assert sorted(path.name for path in second.local.iterdir()) == [CONTENT]
+
+
+def test_a_loader_that_ends_stops_unpacking(tmp_path: Path) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled")
+    first.cache.publish()
+    second.cache.stop()
+    second.cache.restore()
+    assert second.phase is EngineCachePhase.OFF
+    assert list(second.local.iterdir()) == []
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled")
+    first.cache.publish()
+    second.local.rmdir()
+    second.cache.restore()
+    assert second.phase is EngineCachePhase.FAILED
+    assert f"No such file or directory: '{second.local}" in second.state.engine_cache.message
+
+
+def test_an_engine_that_did_not_wait_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled", more="of another configuration")
+    first.cache.publish()
+    (stored,) = second.store.iterdir()
+    before = stored.stat()
+    extract = zipfile.ZipFile.extract
+
+    def slowly(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> str:
+        second.compiles(graph="compiled")
+        return extract(archive, entry, path)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", slowly)
+    second.cache.restore()
+    assert second.phase is EngineCachePhase.FAILED
+    assert "an engine that did not wait has begun" in second.state.engine_cache.message
+    second.cache.publish()
+    assert stored.stat().st_ino == before.st_ino  # what it has is less
+
+
+def test_one_file_may_be_larger_than_two_gib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 4)
+    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
+    first.compiles(graph="compiled")
+    first.cache.publish()
+    second.cache.restore()
+    assert (second.content / "graph").read_text() == "compiled"
+
+
+def test_arm_cores_are_told_apart_by_recorded_proc(tmp_path: Path) -> None:
+    for name, variant in (("", "0x0"), ("model name\t: ARMv8 Processor rev 0 (v8l)\n", "0x1")):
+        (tmp_path / "cpuinfo").write_text(
+            f"{name}CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: {variant}\n"
+            "CPU part\t: 0xd4f\n"
+        )
+        assert processors(tmp_path) == f"no GPU 0x41 {variant} 0xd4f"
+
+
 def test_processors_name_gpu_and_cpu_by_recorded_proc(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Xeon 8488C\n")
     assert processors(tmp_path) == "no GPU Xeon 8488C"
