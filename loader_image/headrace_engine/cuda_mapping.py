@@ -46,11 +46,12 @@ _CALLS = {
 class CudaMapping:
     """A region mapped on GPU `index` of torch: a kernel that writes to it ends the context.
 
-    Tensors made of it keep it mapped, and the mapping keeps the memory allocated. Raises
-    MappingFailed for a descriptor that is no such memory.
+    Tensors made of it keep it mapped, and what is `held` with it; the mapping keeps the memory
+    allocated. Raises MappingFailed for a descriptor that is no such memory.
     """
 
-    def __init__(self, item: MappableRegion, index: int) -> None:
+    def __init__(self, item: MappableRegion, index: int, held: object = None) -> None:
+        self._held = held
         nbytes = item.region.nbytes
         torch.cuda.synchronize(index)  # the driver wants the GPU's context to exist
         try:

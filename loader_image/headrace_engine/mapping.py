@@ -1,10 +1,9 @@
 """Maps a region of host memory read-only into this process and makes tensors of it."""
 
-import ctypes
 import mmap
 import os
+import warnings
 
-import numpy as np
 import torch
 
 from headrace_engine.errors import WeightsMismatch
@@ -14,27 +13,28 @@ from headrace_handover import MappableRegion
 class HostMapping:
     """A region mapped PROT_READ: a write through it is a segmentation fault.
 
-    Tensors made of it keep it mapped.
+    Tensors made of it keep it mapped, and what is `held` with it.
     """
 
-    def __init__(self, item: MappableRegion) -> None:
+    def __init__(self, item: MappableRegion, held: object = None) -> None:
         nbytes = item.region.nbytes
         size = os.fstat(item.descriptor).st_size
         if size < nbytes:  # pages beyond the end would be a bus error on first use
             raise WeightsMismatch(
                 f"part {item.region.part}: its memory has {size} bytes: the loader says {nbytes}"
             )
-        self._nbytes = nbytes
-        self._memory = mmap.mmap(item.descriptor, nbytes, prot=mmap.PROT_READ)
-        self.address = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
+        self._memory = _Memory(item.descriptor, nbytes, prot=mmap.PROT_READ)
+        self._memory.held = held
 
     def octets(self) -> torch.Tensor:
-        """Return the region as bytes; storages that are parts of its storage keep it mapped.
+        """Return the region as bytes; storages that are parts of its storage keep it mapped."""
+        with warnings.catch_warnings():
+            # torch has no read-only tensors; the page protection is what forbids writing.
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            return torch.frombuffer(self._memory, dtype=torch.uint8)
 
-        torch has no read-only tensors and warns about read-only buffers; a ctypes array at the same
-        address does not know. The page protection is what forbids writing.
-        """
-        array = (ctypes.c_uint8 * self._nbytes).from_address(self.address)
-        # The tensor keeps the array, the array keeps the mapping.
-        array.mapping = self  # type: ignore[attr-defined]
-        return torch.frombuffer(array, dtype=torch.uint8)
+
+class _Memory(mmap.mmap):
+    """A mapping, kept by the tensors over it, that keeps something else."""
+
+    held: object = None

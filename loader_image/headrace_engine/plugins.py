@@ -46,7 +46,7 @@ class Settings:
         socket, timeout = extra.get("socket"), extra.get("timeout", DEFAULT_TIMEOUT)
         if socket is not None and not isinstance(socket, str):
             raise SettingsInvalid("--model-loader-extra-config: socket: must be a path")
-        if not isinstance(timeout, int | float) or not timeout > 0:
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
             raise SettingsInvalid("--model-loader-extra-config: timeout: must be seconds, above 0")
         return cls(socket, float(timeout))
 
@@ -141,8 +141,9 @@ def fill(
 def _post_processing(engine: str, device: torch.device) -> Iterator[None]:
     """Say so when the engine writes to the weights while it post-processes them."""
     # On the CPU a write in place ends in SIGSEGV; this shows where.
-    if not faulthandler.is_enabled():
-        faulthandler.enable()
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a stderr without descriptor
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
     try:
         yield
         if device.type == "cuda":
@@ -155,8 +156,8 @@ def _post_processing(engine: str, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def refuse_reloading() -> None:
-    """Raise Unsupported: nothing can be loaded into the weights."""
+def refuse_reloading(*_arguments: object, **_options: object) -> None:
+    """Raise Unsupported, in place of what loads weights: these are read-only."""
     raise Unsupported(
         "--load-format headrace: reloading weights into a model in place is not possible, "
         "its weights are shared and read-only"

@@ -97,7 +97,7 @@ class HeadraceModelLoader(BaseModelLoader):
                 logger=_LOG,
             )
         self.preloaded_weights_bytes = weights.allocated_bytes
-        model.load_weights = _refuse
+        model.load_weights = refuse_reloading
         return model.eval()
 
 
@@ -194,7 +194,3 @@ def _device(name: str) -> torch.device:
 def _extra_config() -> dict[str, Any] | None:
     extra = get_model().model_loader_extra_config
     return json.loads(extra) if isinstance(extra, str) else extra
-
-
-def _refuse(*_arguments: object, **_options: object) -> None:
-    refuse_reloading()

@@ -73,6 +73,7 @@ class HeadraceModelLoader(BaseModelLoader):
                 engine="vLLM",
                 logger=_LOG,
             )
+        model.load_weights = refuse_reloading
         return model.eval()
 
     def _device(self, vllm_config: "VllmConfig") -> torch.device:
@@ -98,10 +99,17 @@ def _check_features(vllm_config: "VllmConfig", model_config: "ModelConfig") -> N
             and getattr(model_config.hf_config, "quantization_config", None) is None
         ),
         "sleep mode": bool(model_config.enable_sleep_mode),
+        "offloading weights to the CPU": _offloads(vllm_config),
+        "weight transfer": getattr(vllm_config, "weight_transfer_config", None) is not None,
     }
     refused = [feature for feature, wanted in refusals.items() if wanted]
     if refused:
         raise Unsupported(f"--load-format headrace does not support {', '.join(refused)}")
+
+
+def _offloads(vllm_config: "VllmConfig") -> bool:
+    offload = vllm_config.offload_config
+    return offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
 
 
 def _with_copies(

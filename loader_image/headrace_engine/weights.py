@@ -64,7 +64,8 @@ class Weights(Mapping[str, torch.Tensor]):
     """Tensors by name; all but `copies` are read-only views of the loader's memory.
 
     A tensor is made when it is first asked for, and is the same object ever after. The attachment
-    is held: its connection is the lease on the weights. `seconds` is what mapping them took.
+    is held, also by the tensors: its connection is the lease on the weights. `seconds` is what
+    mapping them took.
     """
 
     def __init__(self, attachment: Attachment, place: torch.device) -> None:
@@ -74,7 +75,7 @@ class Weights(Mapping[str, torch.Tensor]):
         self._views: dict[str, _Views] = {}
         self._made: dict[str, torch.Tensor] = {}
         for item in attachment.regions:
-            octets = _mapping(item, place).octets()
+            octets = _mapping(item, place, attachment).octets()
             for group in item.region.groups:
                 views = _Views(octets, group)
                 self.copies += views.copies.values()
@@ -125,9 +126,9 @@ def attach(
     `socket_path` defaults to HEADRACE_SOCKET, then to DEFAULT_SOCKET. `device` is torch's ("cpu",
     "cuda", "cuda:1") or a GPU's UUID as nvidia-smi prints it ("GPU-..."); it must be the one that
     holds the rank. Waits for weights that are still being loaded, `timeout` seconds at most;
-    `on_progress` is called about once a second meanwhile. Keep the result for as long as the
-    tensors are used. Raises headrace_handover's errors, Unsupported for a device that cannot be
-    used, MappingFailed, and WeightsMismatch for contradictions in the reply.
+    `on_progress` is called about once a second meanwhile. The memory stays for as long as the
+    result or a tensor of it does. Raises headrace_handover's errors, Unsupported for a device that
+    cannot be used, MappingFailed, and WeightsMismatch for contradictions in the reply.
     """
     path = Path(socket_path or os.environ.get("HEADRACE_SOCKET") or DEFAULT_SOCKET)
     place = _place(device)
@@ -159,6 +160,8 @@ def _place(device: torch.device | str) -> torch.device:
         raise Unsupported(f"device {place}: this process sees no GPU that torch can use")
     if place.type == "cuda" and place.index is None:
         return torch.device("cuda", torch.cuda.current_device())
+    if place.type == "cuda" and place.index >= torch.cuda.device_count():
+        raise Unsupported(f"device {place}: this process sees {torch.cuda.device_count()} GPUs")
     return place
 
 
@@ -169,8 +172,12 @@ def _memory_name(place: torch.device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(place).uuid}"
 
 
-def _mapping(item: MappableRegion, place: torch.device) -> HostMapping | CudaMapping:
-    return HostMapping(item) if place.type == "cpu" else CudaMapping(item, place.index)
+def _mapping(
+    item: MappableRegion, place: torch.device, attachment: Attachment
+) -> HostMapping | CudaMapping:
+    if place.type == "cpu":
+        return HostMapping(item, attachment)
+    return CudaMapping(item, place.index, attachment)
 
 
 def _dtype(group: TensorGroup) -> torch.dtype:

@@ -5,6 +5,7 @@ import gc
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -34,6 +35,7 @@ TOO_MANY_CONNECTIONS = "TooManyConnections"
 
 _FIRST_RETRY_SECONDS = 0.05
 _LAST_RETRY_SECONDS = 1.0
+_LONGEST_SECONDS = 365 * 86400.0
 
 ProgressCallback = Callable[[Loading], None]
 
@@ -49,13 +51,14 @@ class MappableRegion:
 class Attachment:
     """The weights of one rank, held: descriptors, lease and connection; a context manager.
 
-    The memory stays allocated at least until `close()`. An engine keeps it for as long as it
-    lives and lets the end of its process close everything.
+    The memory stays allocated at least until `close()`, or until nobody refers to this any more.
+    An engine keeps it for as long as it lives and lets the end of its process close everything.
     """
 
     def __init__(self, channel: Channel, ready: Ready, descriptors: list[int]) -> None:
-        self._channel = channel
-        self._descriptors = descriptors
+        # At the process's end the kernel closes them, after whatever still uses the memory.
+        self._closing = weakref.finalize(self, _close, channel, descriptors)
+        self._closing.atexit = False
         self.ready = ready
         self.regions = tuple(map(MappableRegion, ready.regions, descriptors[:-1]))
         self.lease_descriptor = descriptors[-1]
@@ -78,9 +81,12 @@ class Attachment:
 
     def close(self) -> None:
         """End the lease and close every descriptor; mappings made from them stay valid."""
-        self._channel.close()
-        descriptors, self._descriptors = self._descriptors, []
-        close_all(descriptors)
+        self._closing()
+
+
+def _close(channel: Channel, descriptors: list[int]) -> None:
+    channel.close()
+    close_all(descriptors)
 
 
 def attach(
@@ -91,14 +97,14 @@ def attach(
     timeout: float,
     on_progress: ProgressCallback | None = None,
 ) -> Attachment:
-    """Wait until the loader hands over the weights of `rank`; at most `timeout` seconds.
+    """Wait until the loader hands over the weights of `rank`; at most `timeout` seconds, or a year.
 
     A loader that is not there yet, or restarts while it loads, is waited for; `on_progress`
     is called about once a second meanwhile. Raises Refused for the loader's own errors,
     AttachTimeout, LoaderUnreachable for a socket that can never work, and
     ProtocolViolation for a peer that is no loader.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + min(timeout, _LONGEST_SECONDS)  # sockets cannot wait for ever
     request = Request(rank, device)
     delay = _FIRST_RETRY_SECONDS
     while True:

@@ -21,6 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
 
 from headrace_engine import plugins
+from headrace_engine.errors import Unsupported
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -63,6 +64,14 @@ def bits(tensor: torch.Tensor) -> tuple:
     return tensor.dtype, tensor.shape, tensor.stride(), flat.view(torch.uint8).numpy().tobytes()
 
 
+def attempt_reload(model: torch.nn.Module) -> str:
+    try:
+        model.load_weights(iter(()))
+    except Unsupported as error:
+        return str(error)
+    return "loaded"
+
+
 def build(job: dict) -> dict:
     socket, changes, like = job.pop("socket"), job.pop("changes", {}), job.pop("like", None)
     arguments = {"load_format": "headrace", "model_loader_extra_config": {"socket": socket}}
@@ -90,6 +99,7 @@ def build(job: dict) -> dict:
         "scale": model.model.layers[0].self_attn.attn._k_scale.item(),
         "attributes_kept": hasattr(embedding, "weight_loader") and embedding.output_dim == 0,
         "training": model.training,
+        "reloaded": attempt_reload(model),
         "differing": differing(model, job | {"model": like}) if like else None,
     }
 

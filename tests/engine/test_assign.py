@@ -1,6 +1,9 @@
 """Models built without memory for weights, and weights put in their parameters' place."""
 
+import faulthandler
+import io
 import logging
+import sys
 import weakref
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from headrace_engine import plugins
 from headrace_engine.assign import assign, meta_tensors, refuse_meta_tensors
 from headrace_engine.copies import replaced_by_processing
 from headrace_engine.errors import WeightsMismatch
@@ -195,3 +199,10 @@ def test_private_weights_that_post_processing_replaces_are_freed_at_once() -> No
         logger=logging.getLogger(__name__),
     )
     assert freed == [False, True]
+
+
+def test_a_stderr_without_a_descriptor_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faulthandler, "is_enabled", lambda: False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with plugins._post_processing("none", torch.device("cpu")):
+        pass

@@ -161,6 +161,9 @@ def found(
     jobs["other"] = jobs["plain"] | {"socket": jobs["tied"]["socket"]}
     jobs["online"] = jobs["plain"] | {"quantization": "fp8"}
     jobs["sleep"] = jobs["plain"] | {"changes": {"enable_sleep_mode": True}}
+    jobs["offload"] = jobs["plain"] | {"cpu_offload_gb": 1}
+    jobs["prefetch"] = jobs["plain"] | {"offload_group_size": 2}
+    jobs["transfer"] = jobs["plain"] | {"weight_transfer_config": {"backend": "nccl"}}
     output = run("build.py", json.dumps(list(jobs.values())))
     return dict(zip(jobs, marked(output, "FOUND"), strict=True))
 
@@ -211,6 +214,18 @@ def test_quantizing_while_loading_is_refused(found: dict[str, Any]) -> None:
 def test_no_weight_is_allocated(found: dict[str, Any]) -> None:
     assert found["large"]["external"] > 32768 * 512 * 2 * 2
     assert found["large"]["largest"] < 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [("offload", "offloading"), ("prefetch", "offloading"), ("transfer", "weight transfer")],
+)
+def test_what_moves_weights_is_refused(found: dict[str, Any], name: str, feature: str) -> None:
+    assert f"--load-format headrace does not support {feature}" in found[name]["error"]
+
+
+def test_reloading_is_refused(found: dict[str, Any]) -> None:
+    assert "reloading weights into a model in place is not possible" in found["plain"]["reloaded"]
 
 
 def test_another_element_type_is_refused(found: dict[str, Any]) -> None:

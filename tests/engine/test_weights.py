@@ -120,6 +120,50 @@ def test_tensors_outlive_the_loader_and_the_attachment(
     assert raw(matrix[3]) == before[3 * 128 : 4 * 128]
 
 
+def descriptors() -> list[str]:
+    """What of a loader's this process has open."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.append(str(path.readlink()))
+    return [name for name in found if "memfd:headrace" in name or name.endswith("/lease")]
+
+
+def test_memory_and_lease_go_with_the_last_tensor(
+    start_loader: Callable[..., Any], checkpoint: Path
+) -> None:
+    loader = start_loader(checkpoint)
+    loader.until_phase("Ready")
+    weights = attach(loader.socket, device="cpu")
+    matrix = weights["matrix"]
+    del weights
+    gc.collect()
+    assert loader.status()["engines"][0]["detached"] is None
+    assert any(name.endswith("/lease") for name in descriptors())
+    del matrix
+    gc.collect()
+    assert descriptors() == []
+    loader.until(lambda status: status["engines"][0]["detached"] is not None)
+    assert "memfd:headrace" not in Path("/proc/self/maps").read_text()
+
+
+def test_an_older_torch_without_numpy_will_do(loader: Any) -> None:
+    script = (
+        "import sys, torch\n"
+        "del torch.float8_e8m0fnu\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] == 'numpy']:\n"
+        "    sys.modules[name] = None\n"
+        "sys.modules['numpy'] = None\n"
+        "from headrace_engine import attach\n"
+        "weights = attach(sys.argv[1], device='cpu', timeout=float('inf'))\n"
+        "print(weights['matrix'].sum())\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", script, str(loader.socket)]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tensor(")
+
+
 def test_the_socket_comes_from_the_environment(
     loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +217,7 @@ class Holder:
         self.ended.set()
 
     def attached(self, _peer: object) -> None: ...
-    def wait(self, _seconds: float) -> None: ...
+    def wait(self, _request: Request, _seconds: float) -> None: ...
     def refused(self, _reason: str) -> None: ...
 
 
@@ -198,6 +242,15 @@ def test_an_attach_that_fails_in_the_middle_gives_everything_back(tmp_path: Path
         with contextlib.suppress(FileNotFoundError):  # the listing's own
             assert "headrace-half" not in str(path.readlink())
     assert "headrace-half" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_a_mocked_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(Unsupported, match="device cuda:7: this process sees 2 GPUs"):
+        attach(device="cuda:7")
 
 
 @pytest.mark.parametrize(
