@@ -4,10 +4,10 @@
 
 First a forked child loads rank 0 of CHECKPOINT as a worker does, once for every way of the bytes:
 with MOVER, the compiled mover.c, without it, by direct reads, and by GPUDirect Storage, mocked as a
-read to the same place, also where it takes files and refuses to read. Then one for every call,
-which fails for lack of memory, and for a defect of the GPU's; last, a GPU that has no code. Prints
-one line of JSON for each: the call, the way, the code, which call of that name fails (0: all), and
-what the load ended with.
+read to the same place, also where it takes no file, or takes them and refuses to read. Then one
+for every call, which fails for lack of memory, and for a defect of the GPU's; last, a GPU that has
+no code. Prints one line of JSON for each: the call, the way, the code, which call of that name
+fails (0: all), what the load ended with, and why it did not go by GPUDirect.
 """
 
 import ctypes
@@ -16,10 +16,16 @@ import os
 import sys
 from pathlib import Path
 
-from headrace_loader.backends import BackendOptions, PathPolicy, open_backend, reading
+from headrace_loader.backends import (
+    BackendOptions,
+    PathPolicy,
+    PathReport,
+    open_backend,
+    reading,
+)
 from headrace_loader.checkpoint import load_manifest
 from headrace_loader.cuda import driver, gds, native
-from headrace_loader.errors import LoaderError, StorageError
+from headrace_loader.errors import DirectPathUnavailable, LoaderError, StorageError
 
 UNUSED = {"_free_address", "_release", "_unmap", "_clear_async", "_memory_info"}
 """They take back what a process that ends gives back, are of GPUDirect, or for a message."""
@@ -37,18 +43,22 @@ WAYS = {
     "direct": PathPolicy.OFF,
     "mocked GPUDirect": PathPolicy.REQUIRE,
     "refused GPUDirect": PathPolicy.PREFER,
+    "unsupported GPUDirect": PathPolicy.PREFER,
     "refused and required GPUDirect": PathPolicy.REQUIRE,
+    "unsupported and required GPUDirect": PathPolicy.REQUIRE,
 }
 
 
 class Silent:
-    """Progress that nobody looks at but for the number of bytes."""
+    """Progress that nobody looks at but for the number of bytes, and why not by GPUDirect."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.why_not = ""
 
-    def path(self, report: object) -> None:
-        """Do nothing."""
+    def path(self, report: PathReport) -> None:
+        """Remember the reason."""
+        self.why_not = report.direct_reason
 
     def read(self, nbytes: int) -> None:
         """Count."""
@@ -77,6 +87,13 @@ class RefusingDirectFile(MockedDirectFile):
         raise StorageError(f"cuFile read at {offset}: 5030")
 
 
+class UnsupportedDirectFile(MockedDirectFile):
+    """As cuFile where it does not know the file system."""
+
+    def __init__(self, path: Path) -> None:
+        raise DirectPathUnavailable(f"{path}: cuFile refuses the file: 5030")
+
+
 def calls() -> list[str]:
     """Names of the driver's functions that a load calls."""
     functions = {name: value for name, value in vars(driver).items() if name not in UNUSED}
@@ -84,8 +101,9 @@ def calls() -> list[str]:
     return sorted(name for name in names.union(native.CALLS) if name.startswith("cu"))
 
 
-def load(checkpoint: Path, policy: PathPolicy) -> str:
-    """Load rank 0 into memory whose end is not clean; returns what it ended with."""
+def load(checkpoint: Path, policy: PathPolicy) -> tuple[str, str]:
+    """Load rank 0 into memory whose end is not clean; returns its end, and why not direct."""
+    progress = Silent()
     try:
         backend = open_backend("cuda", BackendOptions(0, policy, 2, 2))
         assert backend.device.startswith("GPU-")
@@ -93,21 +111,23 @@ def load(checkpoint: Path, policy: PathPolicy) -> str:
         regions = [backend.allocate(source.nbytes) for source in sources]
         for region, source in zip(regions, sources, strict=True):
             ctypes.memset(region.pointer + source.nbytes - 8, 0xFF, 16)
-        progress = Silent()
         backend.fill(list(zip(regions, sources, strict=True)), progress)
         assert progress.bytes == sum(source.nbytes for source in sources)
         for region, source in zip(regions, sources, strict=True):
             content = os.pread(region.export(), source.nbytes, 0)
             assert content == source.path.read_bytes()[source.offset :]
     except LoaderError as error:
-        return error.reason
+        return error.reason, progress.why_not
     except Exception as error:  # noqa: BLE001 - a worker reports it as InternalError
-        return f"{type(error).__name__}: {error}"
-    return "loaded"
+        return f"{type(error).__name__}: {error}", progress.why_not
+    return "loaded", progress.why_not
 
 
-def in_a_child(fault: str, way: str) -> str:
-    """Let a `fault` of fake_cuda.c happen in a process of its own; returns how the load ended."""
+FILES = {"refused": RefusingDirectFile, "unsupported": UnsupportedDirectFile}
+
+
+def in_a_child(fault: str, way: str) -> list[str]:
+    """Let a `fault` of fake_cuda.c happen in a process of its own; returns what `load` does."""
     checkpoint, mover = map(Path, sys.argv[1:])
     reading_end, writing_end = os.pipe()
     child = os.fork()
@@ -118,12 +138,12 @@ def in_a_child(fault: str, way: str) -> str:
         native.mover = lambda: found
         if "GPUDirect" in way:
             gds.probe = lambda _: gds.Probe(True)
-            gds.DirectFile = RefusingDirectFile if "refused" in way else MockedDirectFile
-        os.write(writing_end, load(checkpoint, WAYS[way]).encode())
+            gds.DirectFile = FILES.get(way.partition(" ")[0], MockedDirectFile)
+        os.write(writing_end, json.dumps(load(checkpoint, WAYS[way])).encode())
         os._exit(0)
     os.close(writing_end)
     with os.fdopen(reading_end) as said:
-        end = said.read()
+        end: list[str] = json.loads(said.read())
     os.waitpid(child, 0)
     return end
 
@@ -133,8 +153,8 @@ def main() -> None:
     faults = [(call, "compiled", code, 0) for code in (OUT_OF_MEMORY, DEFECT) for call in calls()]
     faults.append(("cuModuleLoadData", "compiled", NO_BINARY, 0))
     for call, way, code, nth in (*(("none", way, 0, 0) for way in WAYS), *faults, *ONCE):
-        end = in_a_child(f"{call}:{code}:{nth}" if nth else f"{call}:{code}", way)
-        line = {"call": call, "way": way, "code": code, "nth": nth, "end": end}
+        end, why = in_a_child(f"{call}:{code}:{nth}" if nth else f"{call}:{code}", way)
+        line = {"call": call, "way": way, "code": code, "nth": nth, "end": end, "why": why}
         sys.stdout.write(json.dumps(line) + "\n")
 
 

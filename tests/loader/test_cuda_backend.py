@@ -87,8 +87,14 @@ def test_fake_cuda_fails_at_every_call_for_memory_and_for_defects(
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = list(map(json.loads, done.stdout.splitlines()))
-    undisturbed = [line["end"] for line in lines if line["call"] == "none"]
-    assert undisturbed == [*["loaded"] * 5, "DirectPathUnavailable"]
+    undisturbed = [(line["end"], line["why"]) for line in lines if line["call"] == "none"]
+    assert undisturbed == [
+        *[("loaded", "PolicyOff")] * 3,
+        ("loaded", ""),
+        ("loaded", "FirstReadFailed"),
+        ("loaded", "FileSystemUnsupported"),
+        *[("DirectPathUnavailable", "")] * 2,
+    ]
     opening = {"cuInit", "cuDeviceGet", "cuDeviceGetPCIBusId", "cuDevicePrimaryCtxRetain"}
     unopened = opening | {"cuCtxSetCurrent"}
     small = {"cuDeviceGetUuid_v2", "cuMemExportToShareableHandle"}  # where no memory can be missing
