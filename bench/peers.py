@@ -47,6 +47,18 @@ def runai(device: str) -> Callable[[Sequence[str]], Any]:
     return load
 
 
+def vllm(device: str) -> Callable[[Sequence[str]], Any]:
+    """Its default loader's iterator, and a copy of each tensor as models' parameters take it."""
+    import torch
+    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+
+    def load(paths: Sequence[str]) -> Any:
+        weights = safetensors_weights_iterator(list(paths), use_tqdm_on_load=False)
+        return [torch.empty_like(found, device=device).copy_(found) for _, found in weights]
+
+    return load
+
+
 def fastsafetensors(device: str) -> Callable[[Sequence[str]], Any]:
     from fastsafetensors import fastsafe_open
 
@@ -89,6 +101,7 @@ def kvikio(device: str) -> Callable[[Sequence[str]], Any]:
 
 PEERS = {
     "safetensors": ("safetensors", safetensors),
+    "vllm": ("vllm", vllm),
     "runai-model-streamer": ("runai-model-streamer", runai),
     "fastsafetensors": ("fastsafetensors", fastsafetensors),
     "instanttensor": ("instanttensor", instanttensor),
