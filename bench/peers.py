@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,11 @@ PEERS = {
 }
 
 
+def _version(distribution: str) -> str:
+    """Return the version of what has the module of that name: vLLM's build for CPUs is another."""
+    return version(packages_distributions().get(distribution, [distribution])[0])
+
+
 def _settle(device: str) -> None:
     if device == "cpu":
         return
@@ -133,7 +138,7 @@ def main() -> None:
     distribution, make = PEERS[name]
     try:
         load = make(device)
-        state: dict[str, object] = {"version": version(distribution)}
+        state: dict[str, object] = {"version": _version(distribution)}
     except (ImportError, PackageNotFoundError, OSError, RuntimeError) as error:
         state = {"missing": f"not installed: {error}"}
     print(json.dumps(state), file=answers, flush=True)
