@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +21,7 @@ from headrace_checkpoint.lease import holding
 from headrace_checkpoint.report import log
 from headrace_handover.channel import close_all
 from headrace_handover.errors import HandoverError
-from headrace_handover.messages import Ready, Region, Tensor, TensorGroup, grouped
+from headrace_handover.messages import Ready
 from headrace_handover.server import HandoverServer, Offer, prepare_directory
 from headrace_loader import system
 from headrace_loader.backends import PathPolicy, PathReport, protect
@@ -31,15 +31,22 @@ from headrace_loader.errors import (
     PUBLISHED,
     BackendUnavailable,
     CheckpointMissing,
-    GpuFailed,
     InternalError,
     LoaderError,
     ManifestInvalid,
-    OutOfMemory,
     RuntimeDirectoryUnusable,
     StorageError,
 )
 from headrace_loader.lease import Lease
+from headrace_loader.loading import (
+    Load,
+    died,
+    rank_states,
+    ready_message,
+    stalled,
+    summary,
+    tensors_of,
+)
 from headrace_loader.state import LoaderState, Phase, RankState, Settings
 from headrace_loader.weight_source import ResidentWeights
 from headrace_loader.worker_process import (
@@ -101,19 +108,6 @@ class Prepared:
 News = WorkerNews | Prepared | Stop
 
 
-@dataclass(slots=True)
-class _Load:
-    """A load that is going on: its workers and those still running, missing ranks, tensors."""
-
-    workers: list[WorkerProcess]
-    missing: set[int]
-    running: set[int]
-    began: float = field(default_factory=time.time)
-    tensors: dict[int, list[tuple[TensorGroup, ...]]] = field(default_factory=dict)
-    oom_kills: int = field(default_factory=system.oom_kills)
-    opened_by: float = field(default_factory=lambda: time.monotonic() + _OPENING_SECONDS)
-
-
 class Supervisor:
     """Runs a loader; `run` returns when a signal asks it to stop."""
 
@@ -123,7 +117,7 @@ class Supervisor:
         self._early: deque[News] = deque()
         self._held: list[int] = []
         self._kept = ExitStack()
-        self._started: _Load | None = None
+        self._started: Load | None = None
         self._state = LoaderState(
             Settings(options.backend, options.policy, options.tensor_parallel_size, options.ranks),
             system.process_start_time(),
@@ -253,7 +247,7 @@ class Supervisor:
     def _describe(self, checkpoint: Checkpoint) -> None:
         with self._state.changing():
             self._state.checkpoint = checkpoint
-            self._state.ranks = _rank_states(checkpoint, self._options.ranks)
+            self._state.ranks = rank_states(checkpoint, self._options.ranks)
             self._state.mark("manifestRead")
         total = self._state.total_bytes
         log("manifest-read", totalBytes=total, ranks=len(self._state.ranks))
@@ -291,7 +285,7 @@ class Supervisor:
         log("lease-ended")
         return True
 
-    def _load(self, load: _Load, checkpoint: Checkpoint, lease: Lease) -> bool:
+    def _load(self, load: Load, checkpoint: Checkpoint, lease: Lease) -> bool:
         """Load all ranks; False when told to stop meanwhile."""
         if self._options.backend == "host":
             system.check_memory(self._state.total_bytes)
@@ -304,7 +298,7 @@ class Supervisor:
         for worker in load.workers:
             worker.load(checkpoint.sources(worker.rank))
         # Now, while weights are read: there may be tens of thousands.
-        load.tensors = {rank: _tensors(checkpoint, rank) for rank in load.missing}
+        load.tensors = {rank: tensors_of(checkpoint, rank) for rank in load.missing}
         # Ready says that no worker is left, either.
         while load.running:
             news = self._next_of(load)
@@ -320,7 +314,7 @@ class Supervisor:
         with self._state.changing():
             self._state.enter(Phase.READY, "weights are resident and verified")
             self._state.mark("ready")
-        log("resident", totalBytes=self._state.total_bytes, ranks=_summary(self._state.ranks))
+        log("resident", totalBytes=self._state.total_bytes, ranks=summary(self._state.ranks))
         return True
 
     def _is_stopped(self) -> bool:
@@ -331,7 +325,7 @@ class Supervisor:
             return True
         return False
 
-    def _next_of(self, load: _Load) -> News:
+    def _next_of(self, load: Load) -> News:
         """Wait for news of a load.
 
         Raises:
@@ -344,7 +338,7 @@ class Supervisor:
             return self._next(max(0.0, left) if opening else _STALLED_SECONDS)
         except queue.Empty:
             if not opening:
-                raise _stalled(self._state.ranks, load) from None
+                raise stalled(self._state.ranks, load, _STALLED_SECONDS) from None
             ranks = ", ".join(map(str, opening))
             raise BackendUnavailable(
                 f"rank {ranks}: GPU, cuFile and the checkpoint's files were not open after "
@@ -352,12 +346,14 @@ class Supervisor:
                 "node's kernel log"
             ) from None
 
-    def _start_workers(self) -> _Load:
+    def _start_workers(self) -> Load:
         options = self._options
         ranks = options.ranks
         cpus = max(1, system.usable_cpus() // len(ranks))
         told = WorkerOptions(options.backend, options.policy, options.read_threads, cpus)
-        load = self._started = _Load([], set(ranks), set(ranks))
+        load = self._started = Load(
+            [], set(ranks), set(ranks), opened_by=time.monotonic() + _OPENING_SECONDS
+        )
         for device, rank in enumerate(ranks):
             load.workers.append(WorkerProcess(rank, device, told, self._news.put))
         return load
@@ -386,12 +382,12 @@ class Supervisor:
         for stop in kept:
             self._news.put(stop)
 
-    def _take(self, news: WorkerNews, load: _Load, checkpoint: Checkpoint, lease: Lease) -> None:
+    def _take(self, news: WorkerNews, load: Load, checkpoint: Checkpoint, lease: Lease) -> None:
         index = news.rank - self._options.ranks.start
         rank = self._state.ranks[index]
         if isinstance(news, WorkerEnded):
             if rank.rank in load.missing:
-                raise _died(news, load)
+                raise died(news, load)
             load.running.discard(rank.rank)
             return
         message = news.message
@@ -400,7 +396,7 @@ class Supervisor:
         if isinstance(message, Mismatched):
             raise checkpoint.mismatch(rank.rank, message.part, message.chunk, message.found)
         if isinstance(message, Filled):
-            ready = _ready(rank.rank, checkpoint, message, load.tensors[rank.rank])
+            ready = ready_message(rank.rank, checkpoint, message, load.tensors[rank.rank])
             self._hold(rank, ready, message.verified_at, news.descriptors, lease)
             load.missing.discard(rank.rank)
             load.workers[index].kill()
@@ -459,74 +455,3 @@ class Supervisor:
             self._state.reason = error.reason
             self._state.enter(Phase.FAILED, str(error))
         time.sleep(_FAREWELL_SECONDS)  # lets waiting engines receive the reason
-
-
-def _stalled(ranks: list[RankState], load: _Load) -> StorageError | GpuFailed:
-    if not load.missing:
-        left = ", ".join(map(str, sorted(load.running)))
-        return GpuFailed(
-            f"rank {left}: the weights are verified, but their worker did not end within "
-            f"{_STALLED_SECONDS:g} s; look for Xid in the node's kernel log"
-        )
-    missing = ", ".join(
-        f"rank {rank.rank} ({rank.read_bytes} of {rank.total_bytes} bytes)"
-        for rank in ranks
-        if rank.rank in load.missing
-    )
-    return StorageError(
-        f"{missing}: no byte arrived for {_STALLED_SECONDS:g} s; look at the file system's health, "
-        "and for Xid in the node's kernel log"
-    )
-
-
-def _died(ended: WorkerEnded, load: _Load) -> LoaderError:
-    if ended.exit_code == -signal.SIGKILL and system.oom_kills() > load.oom_kills:
-        return OutOfMemory(
-            f"rank {ended.rank}: the kernel killed the worker for memory; raise "
-            "spec.loading.resources.limits.memory above the weights"
-        )
-    how = f"exit code {ended.exit_code}"
-    if ended.exit_code < 0:
-        how = f"signal {-ended.exit_code}"
-    return InternalError(f"rank {ended.rank}: the worker ended without a word ({how})")
-
-
-def _rank_states(checkpoint: Checkpoint, ranks: range) -> list[RankState]:
-    manifest = checkpoint.manifest
-    return [
-        RankState(rank, sum(part.data_bytes for part in manifest.rank_parts(rank)))
-        for rank in ranks
-    ]
-
-
-def _tensors(checkpoint: Checkpoint, rank: int) -> list[tuple[TensorGroup, ...]]:
-    return [
-        grouped(
-            Tensor(item.name, item.dtype, item.shape, item.offset, item.nbytes)
-            for item in part.tensors
-        )
-        for part in checkpoint.manifest.rank_parts(rank)
-    ]
-
-
-def _ready(
-    rank: int, checkpoint: Checkpoint, filled: Filled, tensors: list[tuple[TensorGroup, ...]]
-) -> Ready:
-    parts = checkpoint.manifest.rank_parts(rank)
-    regions = tuple(
-        Region(part.part, nbytes, part.data_bytes, of_part)
-        for part, nbytes, of_part in zip(parts, filled.region_bytes, tensors, strict=True)
-    )
-    return Ready(rank, checkpoint.digest, regions)
-
-
-def _summary(ranks: list[RankState]) -> list[dict[str, object]]:
-    return [
-        {
-            "rank": rank.rank,
-            "bytes": rank.total_bytes,
-            "bytesPerSecond": rank.bytes_per_second and round(rank.bytes_per_second),
-            "path": rank.path.path if rank.path else None,
-        }
-        for rank in ranks
-    ]

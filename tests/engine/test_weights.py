@@ -120,13 +120,19 @@ def test_tensors_outlive_the_loader_and_the_attachment(
     assert raw(matrix[3]) == before[3 * 128 : 4 * 128]
 
 
-def descriptors() -> list[str]:
-    """What of a loader's this process has open."""
-    found = []
+Inode = tuple[int, int]
+
+
+def held(inodes: set[Inode]) -> set[Inode]:
+    """Which of some files, by device and number, this process has open or mapped."""
+    found = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        device, number = line.split()[3:5]
+        found.add((os.makedev(*(int(part, 16) for part in device.split(":"))), int(number)))
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the listing's own
-            found.append(str(path.readlink()))
-    return [name for name in found if "memfd:headrace" in name or name.endswith("/lease")]
+            found.add((path.stat().st_dev, path.stat().st_ino))
+    return inodes & found
 
 
 def test_memory_and_lease_go_with_the_last_tensor(
@@ -135,16 +141,18 @@ def test_memory_and_lease_go_with_the_last_tensor(
     loader = start_loader(checkpoint)
     loader.until_phase("Ready")
     weights = attach(loader.socket, device="cpu")
+    (region,) = weights.attachment.regions
+    descriptors = (region.descriptor, weights.attachment.lease_descriptor)
+    inodes = {(status.st_dev, status.st_ino) for status in map(os.fstat, descriptors)}
     matrix = weights["matrix"]
     del weights
     gc.collect()
     assert loader.status()["engines"][0]["detached"] is None
-    assert any(name.endswith("/lease") for name in descriptors())
+    assert held(inodes) == inodes
     del matrix
     gc.collect()
-    assert descriptors() == []
+    assert held(inodes) == set()
     loader.until(lambda status: status["engines"][0]["detached"] is not None)
-    assert "memfd:headrace" not in Path("/proc/self/maps").read_text()
 
 
 def test_an_older_torch_without_numpy_will_do(loader: Any) -> None:

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 from headrace_handover.messages import Request
-from headrace_loader import supervisor, worker_process
+from headrace_loader import worker_process
 from headrace_loader.backends import PathPolicy
 from headrace_loader.engine_cache import EngineCache, EngineCacheOptions
 from headrace_loader.errors import GpuFailed, RuntimeDirectoryUnusable, StorageError
 from headrace_loader.lease import Lease
+from headrace_loader.loading import Load, stalled
 from headrace_loader.state import LoaderState, Phase, RankState, Settings
 from headrace_loader.system import usable_cpus
 from headrace_loader.weight_source import ResidentWeights
@@ -184,10 +185,10 @@ def test_a_worker_imports_nothing_from_the_current_directory(tmp_path: Path) -> 
 
 def test_workers_that_stay_when_all_is_verified_are_named() -> None:
     state = RankState(3, 10)
-    error = supervisor._stalled([state], supervisor._Load([], set(), {3}))
+    error = stalled([state], Load([], set(), {3}, 0.0), 300)
     assert isinstance(error, GpuFailed)
     assert "rank 3: the weights are verified, but their worker did not end" in str(error)
-    error = supervisor._stalled([state], supervisor._Load([], {3}, {3}))
+    error = stalled([state], Load([], {3}, {3}, 0.0), 300)
     assert isinstance(error, StorageError)
 
 
