@@ -254,23 +254,26 @@ def measure(plan: Plan, gib: float, kind: str) -> Point:
             # Not behind a peer: on GPUs copies are slower for a while then, by a tenth.
             point.add("limit", plan.target.limit(directory))
             for peer in peers:
-                if peer.missing:
-                    continue
-                try:
-                    point.add(peer.name, peer.rate(directory, nbytes))
-                except NotMeasuredError as error:
-                    say(f"{peer.name} failed: {error}")
-                    point.pop(peer.name, None)
+                if not peer.missing:
+                    attempt(point, peer.name, lambda peer=peer: peer.rate(directory, nbytes))
         if kind == "large" and gib <= plan.cold_gib:
             cold_rounds(plan, directory, point, peers, nbytes)
     return point
 
 
-def cold_rounds(plan: Plan, directory: Path, point: Point, peers: list[Peer], nbytes: int) -> None:
-    """Measure in changing order: disks that allow bursts favour who comes first.
+def attempt(point: Point, name: str, rate: Callable[[], float]) -> bool:
+    """Add a rate to a series, or leave it out of the point: a median of some rounds is none."""
+    try:
+        point.add(name, rate())
+    except NotMeasuredError as error:
+        say(f"{name}: not measured: {error}")
+        point.pop(name, None)
+        return False
+    return True
 
-    What fails once is left out of the point: a median of some rounds is none of all.
-    """
+
+def cold_rounds(plan: Plan, directory: Path, point: Point, peers: list[Peer], nbytes: int) -> None:
+    """Measure in changing order: disks that allow bursts favour who comes first."""
     threads = plan.threads * plan.ranks
     readers: dict[str, Callable[[], float]] = {
         "cold_direct_read": lambda: read_rate(directory, threads, direct=True)
@@ -285,18 +288,11 @@ def cold_rounds(plan: Plan, directory: Path, point: Point, peers: list[Peer], nb
         say(f"{point.gib:g} GiB, cold: round {number + 1} of {plan.repeats}")
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            if name != "headrace" and name not in readers:
-                continue
             drop_cache(directory)
             if name == "headrace":
                 load_once(point, "cold_", directory, plan)
-                continue
-            try:
-                point.add(name, readers[name]())
-            except NotMeasuredError as error:
-                say(f"{name}: not measured here: {error}")
+            elif name in readers and not attempt(point, name, readers[name]):
                 del readers[name]
-                point.pop(name, None)
 
 
 def hardware(target: Any) -> str:

@@ -17,7 +17,6 @@ from headrace_engine.assign import assign, meta_tensors, refuse_meta_tensors
 from headrace_engine.copies import replaced_by_processing
 from headrace_engine.errors import WeightsMismatch
 from headrace_engine.meta import WeightsOnMeta
-from headrace_engine.plugins import fill
 from headrace_engine.weights import PrivateCopy
 
 
@@ -190,7 +189,7 @@ def test_private_weights_that_post_processing_replaces_are_freed_at_once() -> No
         model.embedding.weight = nn.Parameter(torch.ones(8, 4), requires_grad=False)
         freed.append(memory[0]() is None)
 
-    fill(
+    plugins.fill(
         model,
         prepare,
         process,

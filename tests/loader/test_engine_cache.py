@@ -51,6 +51,14 @@ class Pod:
         return sorted(path.name for path in self.store.iterdir())
 
 
+def after_one_that_published(root: Path, **more: str) -> Pod:
+    """Return a new pod; one before it has compiled a graph, and what else is given."""
+    first, second = Pod(root, "first"), Pod(root, "second")
+    first.compiles(graph="compiled", **more)
+    first.cache.publish()
+    return second
+
+
 @contextmanager
 def no_http() -> Iterator[int]:
     """A server that answers whatever it is asked with something else."""
@@ -100,9 +108,7 @@ def test_the_next_pod_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
 
 
 def test_nothing_new_is_not_written_again(tmp_path: Path) -> None:
-    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
-    first.compiles(graph="compiled")
-    first.cache.publish()
+    second = after_one_that_published(tmp_path)
     second.cache.restore()
     (stored,) = second.store.iterdir()
     before = stored.stat()
@@ -248,9 +254,7 @@ def test_too_much_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_an_engine_has_begun_is_kept(tmp_path: Path) -> None:
-    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
-    first.compiles(graph="compiled")
-    first.cache.publish()
+    second = after_one_that_published(tmp_path)
     second.compiles(graph="its own")
     second.cache.restore()
     assert second.phase is EngineCachePhase.KEPT
@@ -258,18 +262,14 @@ def test_what_an_engine_has_begun_is_kept(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_loader_unpacked_is_removed(tmp_path: Path) -> None:
-    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
-    first.compiles(graph="compiled")
-    first.cache.publish()
+    second = after_one_that_published(tmp_path)
     (second.local / ".new-1" / CONTENT).mkdir(parents=True)
     second.cache.restore()
     assert sorted(path.name for path in second.local.iterdir()) == [CONTENT]
 
 
 def test_a_loader_that_ends_stops_unpacking(tmp_path: Path) -> None:
-    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
-    first.compiles(graph="compiled")
-    first.cache.publish()
+    second = after_one_that_published(tmp_path)
     second.cache.stop()
     second.cache.restore()
     assert second.phase is EngineCachePhase.OFF
@@ -277,9 +277,7 @@ def test_a_loader_that_ends_stops_unpacking(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
-    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
-    first.compiles(graph="compiled")
-    first.cache.publish()
+    second = after_one_that_published(tmp_path)
     second.local.rmdir()
     second.cache.restore()
     assert second.phase is EngineCachePhase.FAILED
@@ -289,9 +287,7 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_an_engine_that_did_not_wait_replaces_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
-    first.compiles(graph="compiled", more="of another configuration")
-    first.cache.publish()
+    second = after_one_that_published(tmp_path, more="of another configuration")
     (stored,) = second.store.iterdir()
     before = stored.stat()
     extract = zipfile.ZipFile.extract
@@ -312,9 +308,7 @@ def test_one_file_may_be_larger_than_two_gib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 4)
-    first, second = Pod(tmp_path, "first"), Pod(tmp_path, "second")
-    first.compiles(graph="compiled")
-    first.cache.publish()
+    second = after_one_that_published(tmp_path)
     second.cache.restore()
     assert (second.content / "graph").read_text() == "compiled"
 

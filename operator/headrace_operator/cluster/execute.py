@@ -64,7 +64,7 @@ class Executor:
             ApiError: a request failed and should be tried again.
         """
         # What no pod needs goes first: however often this is cut short, no more than one shard
-        # Job is at work, and a quota has room for the next.
+        # Job is at work.
         for deletion in plan.delete:
             await self.delete(deletion)
         rejections = []
